@@ -1,0 +1,1 @@
+"""Trajectories as Arrow tables, packing for compute, load balancing, and prompt data sets."""

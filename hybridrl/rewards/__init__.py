@@ -1,0 +1,1 @@
+"""Rule-based reward functions, their registry, and the process pool that runs them."""
