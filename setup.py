@@ -31,7 +31,7 @@ def find_nvcc() -> str | None:
         if found := shutil.which(place):
             return found
     if wanted == "1":
-        raise SystemExit("HYBRIDRL_CUDA=1, but there is no nvcc: set CUDA_HOME, or HYBRIDRL_CUDA=0 for a CPU-only build")
+        raise SystemExit("HYBRIDRL_CUDA=1, but no nvcc is found: set CUDA_HOME, or HYBRIDRL_CUDA=0 to do without")
     return None
 
 
@@ -76,8 +76,8 @@ class BuildNative(build_ext):
             )
             subprocess.check_call([cmake, "--build", folder, "--target", "_C", "-j", jobs])
         except subprocess.CalledProcessError as error:
-            mend = f" For a CPU-only build set HYBRIDRL_CUDA=0; nvcc was {nvcc}." if nvcc else ""
-            raise SystemExit(f"building csrc failed: see CMake's message above; {folder} may be deleted.{mend}") from error
+            mend = f" To build without CUDA set HYBRIDRL_CUDA=0; nvcc was {nvcc}." if nvcc else ""
+            raise SystemExit(f"building csrc failed: see the message above; {folder} may be deleted.{mend}") from error
         # CMake may name it by an interpreter's own suffix; setuptools' name is the one that the wheel's tag promises.
         (built,) = folder.glob("_C*.so")
         target.parent.mkdir(parents=True, exist_ok=True)
