@@ -1,0 +1,1 @@
+"""Placement groups, worker groups and their executors."""

@@ -1,0 +1,1 @@
+"""Megatron-core models, engines and checkpoints: the only package that imports Megatron."""

@@ -1,0 +1,237 @@
+"""One role's model on one rank: build from a Hugging Face folder, run forward and backward over packs, step, export.
+
+The pipeline schedules are Megatron's own. Losses come in with global denominators, so gradients are summed, never
+averaged: over micro-batches by accumulation, over data-parallel ranks by DDP with scaling 1.
+Legend: T packed tokens, R response tokens, H hidden size.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from hybridrl.config import Megatron, Optim
+from hybridrl.data.packed import PackedBatch
+from hybridrl.megatron import config_from_hf, specs
+from hybridrl.megatron.families import family_of, rope_theta
+from hybridrl.megatron.model import PolicyModel, ValueModel, full_hidden
+from hybridrl.megatron.optimizer import Optimizer
+from hybridrl.megatron.parallel import Coordinates
+from hybridrl.ops import logprob
+from hybridrl.weights import huggingface, layout
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is made from. role: policy (log-probs) or value. optim None: forward only (the reference)."""
+
+    role: str
+    model_path: str
+    megatron: Megatron
+    optim: Optim | None
+    total_steps: int = 1
+    temperature: float = 1.0
+    trust_remote_code: bool = False
+
+
+# (this micro-batch's outputs of the head, the pack) -> (scalar loss or None, metrics whose sums mean something)
+LossFunction = Callable[[dict[str, torch.Tensor], PackedBatch], tuple[torch.Tensor | None, dict[str, torch.Tensor]]]
+
+
+class Engine:
+    """The model of one role on this rank, with optimizer unless it is forward only."""
+
+    def __init__(self, settings: EngineSettings, coords: Coordinates, device: torch.device):
+        self.settings, self.coords, self.device = settings, coords, device
+        self.hf_config = config_from_hf.read_hf_config(settings.model_path, settings.trust_remote_code)
+        self.config = config_from_hf.transformer_config(self.hf_config, settings.megatron, device)
+        self.dims = config_from_hf.layout_dims(self.hf_config, coords.tp)
+        self.impl = specs.resolve_impl(settings.megatron.transformer_impl, device)
+        self.first, self.last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+        self.layer_offset = get_transformer_layer_offset(self.config)
+        self.module = self._build()
+        self.load_hf(settings.model_path)
+        self.model, self.optimizer = [self.module], None
+        if settings.optim is not None:
+            self._wrap(settings.optim)
+        else:
+            self.module.requires_grad_(False)
+
+    def _build(self) -> torch.nn.Module:
+        stages = self.config.pipeline_model_parallel_size
+        if self.config.num_layers % stages:
+            raise ValueError(
+                f"pipeline_model_parallel_size={stages} does not divide the model's {self.config.num_layers} layers"
+            )
+        model_class = ValueModel if self.settings.role == "value" else PolicyModel
+        module = model_class(
+            config=self.config,
+            transformer_layer_spec=specs.block_spec(
+                family_of(self.hf_config), self.impl, self.config.num_layers // stages
+            ),
+            vocab_size=self.dims.vocab_padded,
+            max_sequence_length=self.hf_config.max_position_embeddings,
+            pre_process=self.first,
+            post_process=self.last,
+            share_embeddings_and_output_weights=self.dims.tied,
+            position_embedding_type="rope",
+            rotary_base=rope_theta(self.hf_config),
+        )
+        module = module.to(self.device)
+        for name, param in module.named_parameters():
+            entry = layout.entry_of(name, self.layer_offset, self.dims)
+            if entry is None:
+                continue
+            param.data = param.data.to(self.config.params_dtype)
+            # Megatron marks split parameters only while it initialises them. Without the mark its gradient norm takes
+            # every shard but the first for a duplicate.
+            if entry.kind != "copy" and not getattr(param, "tensor_model_parallel", False):
+                set_tensor_model_parallel_attributes(param, True, 1 if entry.kind == "row" else 0, 1)
+        return module
+
+    def _wrap(self, optim: Optim) -> None:
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=self.settings.megatron.use_distributed_optimizer,
+            overlap_grad_reduce=False,
+        )
+        # Without per-token loss Megatron's DDP would average over ranks.
+        self.model = [DistributedDataParallel(self.config, ddp, self.module)]
+        self.config.finalize_model_grads_func = _finalize_without_rescaling
+        self.config.no_sync_func = self.model[0].no_sync
+        self.optimizer = Optimizer(self.model, optim, self.settings.megatron, self.settings.total_steps)
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def entries(self) -> Iterator[tuple[str, torch.nn.Parameter, layout.Entry | None]]:
+        """Every parameter of this rank with its place in a Hugging Face checkpoint."""
+        for name, param in self.module.named_parameters():
+            yield name, param, layout.entry_of(name, self.layer_offset, self.dims)
+
+    @torch.no_grad()
+    def load_hf(self, folder: str) -> None:
+        """Loads this rank's slices of a Hugging Face folder. ValueError naming a missing or misshapen tensor."""
+        reader = huggingface.HfReader(folder)
+        for name, param, entry in self.entries():
+            if entry is None:
+                continue
+            value = layout.from_hf(entry, reader, self.dims, self.coords.tp, self.coords.tp_rank)
+            if value.shape != param.shape:
+                raise ValueError(f"{folder}: {entry.hf_names} give {tuple(value.shape)}, {name} is {tuple(param.shape)}")
+            param.copy_(value)
+
+    @torch.no_grad()
+    def export_hf(self, folder: str, tokenizer: str | None = None) -> int:
+        """Writes a Hugging Face folder; each pipeline stage one file. Collective over the model-parallel ranks of the
+        first data-parallel replica; other ranks return at once. Returns the bytes this rank wrote.
+        """
+        if self.coords.dp_rank != 0:
+            return 0
+        tensors: dict[str, torch.Tensor] = {}
+        group = mpu.get_tensor_model_parallel_group()
+        for name, param, entry in self.entries():
+            if entry is None or (name == "output_layer.weight" and self.dims.tied):
+                continue
+            if entry.kind == "copy":
+                shards = [param.data]
+            else:
+                shards = [torch.empty_like(param.data) for _ in range(self.coords.tp)]
+                dist.all_gather(shards, param.data.contiguous(), group=group)
+            if self.coords.tp_rank == 0:
+                full = layout.to_hf(entry, shards, self.dims)
+                tensors.update({k: v.to("cpu", copy=True) for k, v in full.items()})
+        sizes: dict[str, int] = {}
+        if self.coords.tp_rank == 0:
+            sizes = huggingface.write_shard(folder, tensors, self.coords.pp_rank, self.coords.pp)
+            gathered = [None] * self.coords.pp if self.coords.pp_rank == 0 else None
+            pp_group = mpu.get_pipeline_model_parallel_group()
+            dist.gather_object(sizes, gathered, dst=dist.get_global_rank(pp_group, 0), group=pp_group)
+            if self.coords.pp_rank == 0:
+                huggingface.write_index(folder, gathered)
+                huggingface.copy_side_files(
+                    self.settings.model_path, folder, self.settings.megatron.dtype, tokenizer
+                )
+        return sum(sizes.values())
+
+    # -- compute ---------------------------------------------------------------------------------------------------
+
+    def run(self, packs: list[PackedBatch], loss_fn: LossFunction, train: bool) -> list[dict[str, torch.Tensor]]:
+        """Forward (and with `train` backward) over micro-batches; returns loss_fn's metrics a micro-batch.
+
+        The list is empty on all but the last pipeline stage. Gradients accumulate until `step`. Collective over the
+        model-parallel group; with `train` also over data-parallel ranks at the end.
+        """
+        assert packs, "a rank without a sample would leave the others waiting"
+        self.module.train(train)
+        if train:
+            self.model[0].zero_grad_buffer()
+            self.optimizer.zero_grad()
+        head = self._values if self.settings.role == "value" else self._logprobs
+
+        def forward_step(data: Iterator[PackedBatch], model):
+            pack = next(data).to(self.device)
+            hidden = model(pack.input_ids[None], pack.position_ids[None], None, packed_seq_params=_seq_params(pack))
+
+            def loss(hidden: torch.Tensor, non_loss_data: bool = False):
+                value, metrics = loss_fn(head(hidden, pack), pack)
+                if value is None:
+                    value = hidden.new_zeros((), dtype=torch.float32)
+                return value, torch.zeros([], dtype=torch.int), metrics
+
+            return hidden, loss
+
+        with torch.enable_grad() if train else torch.no_grad():
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(packs),
+                model=self.model,
+                num_microbatches=len(packs),
+                seq_length=1,  # unused: shapes travel with the tensors (variable_seq_lengths)
+                micro_batch_size=1,
+                forward_only=not train,
+            )
+
+    def _logprobs(self, hidden: torch.Tensor, pack: PackedBatch) -> dict[str, torch.Tensor]:
+        rows = full_hidden(hidden, self.config, grads_are_partial=True).index_select(0, pack.response_rows)
+        weight = self.module.head_weight
+        shard = logprob.VocabShard(
+            self.coords.tp_rank * weight.shape[0], self.dims.vocab, mpu.get_tensor_model_parallel_group()
+        )
+        values, entropy = logprob.from_hidden(rows, weight, pack.targets, self.settings.temperature, shard)
+        return {"logprobs": values, "entropy": entropy}
+
+    def _values(self, hidden: torch.Tensor, pack: PackedBatch) -> dict[str, torch.Tensor]:
+        rows = full_hidden(hidden, self.config, grads_are_partial=False).index_select(0, pack.response_rows)
+        return {"values": self.module.value_head(rows)}
+
+    def step(self) -> dict[str, float]:
+        """Optimizer step over the gradients of the last `run(train=True)`: grad_norm, lr, skipped_steps."""
+        return self.optimizer.step()
+
+
+def _finalize_without_rescaling(model, num_tokens=None, **kwargs) -> None:
+    """Megatron's gradient reductions without its division by the number of tokens (denominators are in the loss)."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _seq_params(pack: PackedBatch) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=pack.cu_seqlens,
+        cu_seqlens_kv=pack.cu_seqlens,
+        max_seqlen_q=pack.max_seqlen,
+        max_seqlen_kv=pack.max_seqlen,
+    )
+
+
+def sum_metrics(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Sums each metric over micro-batches (they come divided by global denominators)."""
+    return {k: float(functools.reduce(torch.add, (p[k] for p in parts))) for k in (parts[0] if parts else {})}

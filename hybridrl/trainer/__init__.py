@@ -1,0 +1,1 @@
+"""The entry points and the training loops."""
