@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from math import sqrt
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,8 +23,9 @@ def compare_samples(folder: Path) -> dict | None:
     """First against last validation, or None if there is none.
 
     Returns first_step, last_step (equal if there is one file; then `rows` have no "before"), total, outcomes (key,
-    heading, count), and up to 12 rows (outcome, prompt, truth, before, after with text, right, score), of each outcome in
-    proportion but at least one. A response is right if acc > 0.5 or, without acc, score > 0.
+    heading, count), and about 12 rows (outcome, prompt, truth, before, after with text, right, score): of each outcome
+    in proportion to the square root of its count, so that a rare one is seen too. A response is right if acc > 0.5 or,
+    without acc, score > 0.
     """
     files = sorted(
         (int(m[1]), path) for path in folder.glob("step_*.parquet") if (m := re.search(r"step_(\d+)$", path.stem))
@@ -51,7 +53,8 @@ def compare_samples(folder: Path) -> dict | None:
         )
     total = sum(map(len, groups.values()))
     outcomes = [{"key": key, "heading": heading, "count": len(groups[key])} for key, heading in OUTCOMES]
-    rows = [row for key, _ in OUTCOMES for row in _spread_out(groups[key], total)]
+    whole = sum(sqrt(len(rows)) for rows in groups.values())
+    rows = [row for key, _ in OUTCOMES for row in _spread_out(groups[key], whole)]
     return {"first_step": first_step, "last_step": last_step, "total": total, "outcomes": outcomes, "rows": rows}
 
 
@@ -70,9 +73,9 @@ def _by_prompt(table: pa.Table) -> dict[tuple[str, int], dict]:
     return found
 
 
-def _spread_out(rows: list[dict], total: int) -> list[dict]:
+def _spread_out(rows: list[dict], whole: float) -> list[dict]:
     """This outcome's share of the rows shown, evenly spaced so that the choice is nobody's pick."""
-    count = min(len(rows), max(1, round(SHOWN * len(rows) / total))) if rows else 0
+    count = min(len(rows), max(1, round(SHOWN * sqrt(len(rows)) / whole))) if rows else 0
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
