@@ -100,23 +100,25 @@ def masked_whiten(x: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
     return ((x.double() - mean) * torch.rsqrt(variance + WHITEN_EPSILON)).float()
 
 
+def _segment_sum(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Sums of consecutive pieces: x [M], offsets int64 [K + 1] -> [K]. Without atomics: the same bits on every run."""
+    return torch.segment_reduce(x, "sum", offsets=offsets, initial=0)
+
+
 def _sample_scores(inputs: AdvantageInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of each sample's token rewards [N] float64, and which samples have a token that counts [N] bool."""
     rewards = inputs.token_rewards.double()
-    scores = torch.segment_reduce(rewards, "sum", offsets=inputs.cu_resp.long(), initial=0)
+    scores = _segment_sum(rewards, inputs.cu_resp.long())
     return scores, tokens_per_sequence(inputs.response_mask, inputs.cu_resp) > 0
 
 
 def _group_statistics(scores: torch.Tensor, group_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Per sample, its group's size, mean and unbiased standard deviation (0 for a group of one): [N] each, float64."""
     _, group, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    order = torch.argsort(group, stable=True)  # sums over sorted segments: no atomics, the same bits on every run
-
-    def group_sum(x: torch.Tensor) -> torch.Tensor:
-        return torch.segment_reduce(x[order], "sum", lengths=sizes, initial=0)
-
-    mean = (group_sum(scores) / sizes)[group]
-    variance = group_sum((scores - mean).square()) / (sizes - 1).clamp(min=1)
+    order = torch.argsort(group, stable=True)
+    offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    mean = (_segment_sum(scores[order], offsets) / sizes)[group]
+    variance = _segment_sum((scores - mean).square()[order], offsets) / (sizes - 1).clamp(min=1)
     return sizes[group], mean, variance.sqrt()[group]
 
 
