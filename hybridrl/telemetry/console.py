@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 HEADER_EVERY = 20
+SAMPLE_WIDTH = 100
 # Trainer time of a step: everything that reads or updates the models, but for the generation.
 TRAIN_PHASES = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
 BLANK = "·"
@@ -165,10 +166,11 @@ class StepConsole:
         self._last_log, self._step = now, step
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
+        self._seen |= {column.title for column in COLUMNS if column.value(metrics) is not None}
         if not training:
             self._validation_line(metrics, step)
             return
-        shown = self._choose_columns(metrics)
+        shown = self._choose_columns()
         if shown != self._shown or self._rows_since_header >= HEADER_EVERY:
             self._shown, self._rows_since_header = shown, 0
             titles = [("step", self._step_width()), *((column.title, column.width) for column in shown)]
@@ -179,8 +181,7 @@ class StepConsole:
     def _step_width(self) -> int:
         return max(2 * len(str(self.total_steps)) + 1 if self.total_steps else 6, 6)
 
-    def _choose_columns(self, metrics: dict[str, float]) -> tuple[Column, ...]:
-        self._seen |= {column.title for column in COLUMNS if column.value(metrics) is not None}
+    def _choose_columns(self) -> tuple[Column, ...]:
         shown = [column for column in COLUMNS if not column.optional or column.title in self._seen]
         if self.interactive:
             room = self.console.width - self._step_width()
@@ -242,6 +243,7 @@ class StepConsole:
         style = "green" if good else "yellow" if score is not None else "cyan"
         panel = Panel(body, title=Text(title), subtitle=Text(footer), border_style=style)
         panel.title_align, panel.subtitle_align = "left", "right"
+        panel.width = min(self.console.width, SAMPLE_WIDTH)
         self.console.print(panel)
 
     def table(self, title: str, rows: Sequence[Sequence[object]], columns: Sequence[str] | None = None) -> None:
