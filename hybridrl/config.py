@@ -1,8 +1,9 @@
 """Every key hybridrl knows, its default and its meaning. The only place where a default is written.
 
 Key names are verl's, so that its users' commands run unchanged. A field's `doc` is printed by `--help` and becomes
-docs/config_keys.md (`python -m hybridrl.config`). None means "derived": the comment says from what. The objects are frozen;
-`configuration.build` makes them from what Hydra composed and `configuration.check` holds every rule between keys.
+docs/config_keys.md (`python -m hybridrl.config`). None means "derived": the comment says from what. The objects are
+frozen; `configuration.build` makes them from what Hydra composed and `configuration.check` holds every rule between
+keys.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -10,7 +11,9 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 LossAgg = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-Kl = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "kl+", "k1+", "abs+", "mse+", "k2+", "low_var_kl+", "k3+"]
+Kl = Literal[
+    "kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "kl+", "k1+", "abs+", "mse+", "k2+", "low_var_kl+", "k3+"
+]
 TrainDtype = Literal["bfloat16", "float32"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -45,7 +48,9 @@ def explicit_keys() -> Any:
 
 @dataclass(frozen=True)
 class Data:
-    train_files: list[str] = key([], "Parquet files (one or a list) with the training prompts, verl's schema. Required.")
+    train_files: list[str] = key(
+        [], "Parquet files (one or a list) with the training prompts, verl's schema. Required."
+    )
     val_files: list[str] = key([], "Parquet files with the validation prompts. Empty: no validation.")
     train_batch_size: int = key(1024, "Prompts a step.")
     max_prompt_length: int = key(512, "Longest prompt in tokens; see truncation and filter_overlong_prompts.")
@@ -60,7 +65,9 @@ class Data:
     seed: int | None = key(None, "Seed of that order. None: 1.")
     train_max_samples: int = key(-1, "Use only so many training rows (-1: all).")
     val_max_samples: int = key(-1, "Use only so many validation rows (-1: all).")
-    apply_chat_template_kwargs: dict = key({}, "Passed to the tokenizer's chat template, e.g. {enable_thinking: false}.")
+    apply_chat_template_kwargs: dict = key(
+        {}, "Passed to the tokenizer's chat template, e.g. {enable_thinking: false}."
+    )
 
 
 @dataclass(frozen=True)
@@ -97,16 +104,23 @@ class CriticOptim(Optim):
 class Megatron:
     tensor_model_parallel_size: int | None = key(None, "Tensor parallelism. None: the actor's; the actor's own: 1.")
     pipeline_model_parallel_size: int | None = key(None, "Pipeline stages. None: the actor's; the actor's own: 1.")
-    sequence_parallel: bool | None = key(None, "Sequence parallelism. None: the actor's; the actor's own: on when TP > 1.")
+    sequence_parallel: bool | None = key(
+        None, "Sequence parallelism. None: the actor's; the actor's own: on when TP > 1."
+    )
     use_distributed_optimizer: bool = key(True, "Shard the optimizer's state over data-parallel ranks.")
-    dtype: TrainDtype | None = key(None, "Dtype of the weights in training. None: the actor's; the actor's own: bfloat16.")
+    dtype: TrainDtype | None = key(
+        None, "Dtype of the weights in training. None: the actor's; the actor's own: bfloat16."
+    )
     seed: int = key(42, "Seed of weight initialisation (value head) and of every RNG state on the ranks.")
     transformer_impl: Literal["auto", "transformer_engine", "local"] = key(
-        "auto", "Transformer Engine's layers, or Megatron's local ones with PyTorch's packed attention. auto: TE if installed."
+        "auto",
+        "Transformer Engine's layers, or Megatron's local ones with PyTorch's packed attention. auto: TE if installed.",
     )
     grad_offload: bool = key(False, "Free the gradient buffers while the rollout engine has the GPU.")
     optimizer_offload: bool = key(False, "Keep the optimizer's state in host memory while it is not stepping.")
-    override_transformer_config: dict = key({}, "Any further field of Megatron's TransformerConfig, e.g. recompute_granularity.")
+    override_transformer_config: dict = key(
+        {}, "Any further field of Megatron's TransformerConfig, e.g. recompute_granularity."
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,9 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class ActorCheckpoint:
-    save_contents: list[str] = key(["model", "optimizer", "extra"], "Add hf_model to export a Hugging Face folder at each save.")
+    save_contents: list[str] = key(
+        ["model", "optimizer", "extra"], "Add hf_model to export a Hugging Face folder at each save."
+    )
 
 
 @dataclass(frozen=True)
@@ -125,7 +141,9 @@ class Actor:
     ppo_epochs: int = key(1, "Passes over each step's samples.")
     shuffle: bool = key(False, "New mini-batches in each of the ppo_epochs.")
     data_loader_seed: int = key(42, "Seed of that shuffle.")
-    use_dynamic_bsz: bool | None = key(None, "Micro-batches by token budget (default) or, if false, by ppo_micro_batch_size_per_gpu.")
+    use_dynamic_bsz: bool | None = key(
+        None, "Micro-batches by token budget (default) or, if false, by ppo_micro_batch_size_per_gpu."
+    )
     ppo_max_token_len_per_gpu: int = key(16384, "Token budget of a micro-batch.")
     ppo_micro_batch_size_per_gpu: int | None = key(None, "Samples of a micro-batch; only with use_dynamic_bsz=false.")
     clip_ratio: float = key(0.2, "PPO's clip range, both sides.")
@@ -146,7 +164,9 @@ class Actor:
 
 @dataclass(frozen=True)
 class Ref:
-    log_prob_max_token_len_per_gpu: int | None = key(None, "Token budget of a forward-only pass. None: actor.ppo_max_token_len_per_gpu.")
+    log_prob_max_token_len_per_gpu: int | None = key(
+        None, "Token budget of a forward-only pass. None: actor.ppo_max_token_len_per_gpu."
+    )
     megatron: Megatron = node(Megatron)
 
 
@@ -173,19 +193,29 @@ class Rollout:
     top_k: int = key(-1, "Top-k sampling (-1: off).")
     seed: int = key(0, "Request seeds derive from (seed, uid, sample, step).")
     tensor_model_parallel_size: int | None = key(None, "vLLM's tensor parallelism. None: 1.")
-    num_replicas: int | None = key(None, "vLLM engines. None: one on CPU; GPUs of the pool / tensor_model_parallel_size on GPUs.")
+    num_replicas: int | None = key(
+        None, "vLLM engines. None: one on CPU; GPUs of the pool / tensor_model_parallel_size on GPUs."
+    )
     dtype: Dtype | None = key(None, "vLLM's weights. None: the actor's megatron.dtype.")
-    gpu_memory_utilization: float = key(0.5, "Share of each GPU that vLLM may take while generating. Not applicable on CPU.")
+    gpu_memory_utilization: float = key(
+        0.5, "Share of each GPU that vLLM may take while generating. Not applicable on CPU."
+    )
     cpu_kvcache_gib: float = key(1.0, "Size of vLLM's KV cache on CPU.")
     max_model_len: int | None = key(None, "None: data.max_prompt_length + data.max_response_length.")
     max_num_seqs: int = key(256, "Sequences that decode together.")
     max_num_batched_tokens: int = key(8192, "Tokens of one engine step.")
     enforce_eager: bool | None = key(None, "No compilation, no CUDA graphs. None: true on CPU, false on GPUs.")
-    enable_prefix_caching: bool = key(True, "Reuse the KV cache of shared prompt prefixes (dropped at each weight update).")
+    enable_prefix_caching: bool = key(
+        True, "Reuse the KV cache of shared prompt prefixes (dropped at each weight update)."
+    )
     enable_chunked_prefill: bool = key(True, "Mix prefill chunks with decoding.")
     free_cache_engine: bool = key(True, "Put vLLM to sleep while training (where the platform can).")
-    load_format: Literal["dummy", "auto", "safetensors"] = key("dummy", "dummy: start with random weights and take the trainer's.")
-    log_prob_max_token_len_per_gpu: int | None = key(None, "Token budget of the old-log-prob pass. None: the actor's, whose packing it then shares.")
+    load_format: Literal["dummy", "auto", "safetensors"] = key(
+        "dummy", "dummy: start with random weights and take the trainer's."
+    )
+    log_prob_max_token_len_per_gpu: int | None = key(
+        None, "Token budget of the old-log-prob pass. None: the actor's, whose packing it then shares."
+    )
     log_ppl_check: bool = key(True, "After each update compare the trainer's and vLLM's log-probs of the same tokens.")
     val_kwargs: ValKwargs = node(ValKwargs)
     engine_kwargs: EngineKwargs = node(EngineKwargs)
@@ -271,7 +301,9 @@ class Trainer:
     test_freq: int = key(-1, "Validate every so many steps and after the last one (-1: never).")
     save_freq: int = key(-1, "Save a checkpoint every so many steps and after the last one (-1: never).")
     max_actor_ckpt_to_keep: int | None = key(None, "Keep only the newest so many checkpoints.")
-    resume_mode: Literal["auto", "disable", "resume_path"] = key("auto", "auto: go on from the newest whole checkpoint.")
+    resume_mode: Literal["auto", "disable", "resume_path"] = key(
+        "auto", "auto: go on from the newest whole checkpoint."
+    )
     resume_from_path: str | None = key(None, "The global_step_N folder for resume_path.")
     log_val_generations: int = key(0, "Validation samples printed each time.")
     rollout_data_dir: str | None = key(None, "Where each step's rollouts go as Parquet. None: RUN/rollouts.")

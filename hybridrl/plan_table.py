@@ -1,0 +1,168 @@
+"""The resolved plan of a run as rows for people: what will be done, on which ranks, in which sizes."""
+
+from fnmatch import fnmatchcase
+
+from hybridrl.resolution import Resolved, ResolvedSFT, Role
+
+
+def plan_rows(resolved: Resolved | ResolvedSFT) -> list[tuple[str, str]]:
+    """The plan as (what, how much), printed at the start."""
+    return _sft_rows(resolved) if isinstance(resolved, ResolvedSFT) else _ppo_rows(resolved)
+
+
+def _ppo_rows(resolved: Resolved) -> list[tuple[str, str]]:
+    config, batch, machine = resolved.config, resolved.batch, resolved.machine
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    n = rollout.n
+    rows = [
+        ("run folder", config.trainer.default_local_dir),
+        ("machine", _machine(resolved)),
+        (
+            "algorithm",
+            f"{config.algorithm.adv_estimator}, policy loss {actor.policy_loss.loss_mode}, {actor.loss_agg_mode}",
+        ),
+        ("step", f"{batch.prompts} prompts x {n} = {batch.samples} samples"),
+        (
+            "mini-batch",
+            (
+                f"{batch.mini_batch_prompts} prompts x {n} = {batch.mini_batch_samples} samples, "
+                f"{_per_rank(batch.mini_batch_samples, resolved.actor)}"
+            ),
+        ),
+        (
+            "actor updates a step",
+            (
+                f"{batch.mini_batches} mini-batches x {actor.ppo_epochs} epochs = "
+                f"{batch.actor_optimizer_steps} optimizer steps"
+            ),
+        ),
+    ]
+    if resolved.critic:
+        rows.append(
+            (
+                "critic updates a step",
+                (
+                    f"{batch.critic_mini_batches} mini-batches x {config.critic.ppo_epochs} epochs = "
+                    f"{batch.critic_optimizer_steps} optimizer steps"
+                ),
+            )
+        )
+    rows += [
+        (
+            "micro-batch",
+            (
+                f"up to {actor.ppo_max_token_len_per_gpu} tokens"
+                if actor.use_dynamic_bsz
+                else f"{actor.ppo_micro_batch_size_per_gpu} samples"
+            ),
+        ),
+        ("log-prob pass", f"up to {rollout.log_prob_max_token_len_per_gpu} tokens"),
+        ("lengths", f"prompt up to {config.data.max_prompt_length}, response up to {config.data.max_response_length}"),
+        ("actor", _role(resolved.actor)),
+        (
+            "critic",
+            (
+                _role(resolved.critic)
+                if resolved.critic
+                else f"none: algorithm.adv_estimator={config.algorithm.adv_estimator} needs no values"
+            ),
+        ),
+        ("reference", _role(resolved.ref) if resolved.ref else "none: no KL term asked for"),
+        ("rollout", _rollout(resolved)),
+        (
+            "KV cache",
+            (
+                f"{rollout.cpu_kvcache_gib:g} GiB an engine (rollout.cpu_kvcache_gib)"
+                if machine.device == "cpu"
+                else f"within {rollout.gpu_memory_utilization:.0%} of each GPU (rollout.gpu_memory_utilization)"
+            ),
+        ),
+    ]
+    if machine.device == "cpu":
+        rows.append(
+            (
+                "gpu_memory_utilization",
+                (
+                    f"{rollout.gpu_memory_utilization:g}: not applicable on CPU "
+                    "(KV cache: actor_rollout_ref.rollout.cpu_kvcache_gib)"
+                ),
+            )
+        )
+    rows.append(("steps", _steps(resolved)))
+    unused = unused_keys(resolved)
+    return rows + ([("set, not used in this run", ", ".join(unused))] if unused else [])
+
+
+def _machine(resolved: Resolved | ResolvedSFT) -> str:
+    machine = resolved.machine
+    here = f"{machine.gpus} GPUs, " if machine.gpus else ""
+    return f"{machine.device} ({here}{machine.cores} cores, {machine.memory_gib:.0f} GiB)"
+
+
+def _per_rank(samples: int, role: Role) -> str:
+    if samples % role.dp == 0:
+        return f"{samples // role.dp} a data-parallel rank"
+    return f"{samples // role.dp} or {samples // role.dp + 1} a data-parallel rank"
+
+
+def _role(role: Role) -> str:
+    split = f"TP {role.tp} x PP {role.pp} x DP {role.dp}" + (", sequence parallel" if role.sequence_parallel else "")
+    return f"{role.ranks} ranks = {split}, {role.dtype}" + ("" if role.colocated else ", a pool of its own")
+
+
+def _rollout(resolved: Resolved) -> str:
+    plan, rollout = resolved.rollout, resolved.config.actor_rollout_ref.rollout
+    engines = f"{plan.replicas} vLLM engine{'s' if plan.replicas > 1 else ''} x TP {plan.tp}"
+    place = "with the actor" if plan.colocated else "a pool of its own"
+    return f"{engines}, {rollout.dtype}, up to {rollout.max_model_len} tokens a sequence, {place}"
+
+
+def _steps(resolved: Resolved) -> str:
+    batch = resolved.batch
+    if batch.total_steps is not None:
+        return f"{batch.total_steps} ({batch.steps_per_epoch} an epoch)"
+    if batch.total_training_steps is not None:
+        return str(batch.total_training_steps)
+    return f"{batch.total_epochs} epochs"
+
+
+def unused_keys(resolved: Resolved) -> list[str]:
+    """Keys that the user has set and that this run does not need, because a switch elsewhere is off. Scripts set them
+    while trying variants, so they are said rather than refused."""
+    config, cpu = resolved.config, resolved.machine.device == "cpu"
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    off = []
+    if not resolved.critic:
+        off += ["critic.[!e]*"]
+    if not resolved.ref:
+        off += ["actor_rollout_ref.ref.*"]
+    if not actor.use_kl_loss:
+        off += ["*.actor.kl_loss_*"]
+    if not algorithm.use_kl_in_reward:
+        off += ["algorithm.kl_ctrl.*", "algorithm.kl_penalty"]
+    elif algorithm.kl_ctrl.type == "fixed":
+        off += ["algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl"]
+    if algorithm.adv_estimator != "gae":
+        off += ["algorithm.lam"]
+    if algorithm.adv_estimator in ("grpo", "rloo"):
+        off += ["algorithm.gamma"]
+    if algorithm.adv_estimator != "grpo":
+        off += ["algorithm.norm_adv_by_std_in_grpo"]
+    if not config.data.val_files:
+        off += ["*.val_kwargs.*", "trainer.val_before_train", "trainer.log_val_generations", "data.val_max_samples"]
+    off += ["*.cpu_kvcache_gib", "trainer.cpu_ranks_max"] if not cpu else ["*.free_cache_engine"]
+    return sorted(key for key in config.explicit if any(fnmatchcase(key, pattern) for pattern in off))
+
+
+def _sft_rows(resolved: ResolvedSFT) -> list[tuple[str, str]]:
+    config = resolved.config
+    steps = config.trainer.total_training_steps
+    return [
+        ("run folder", config.trainer.default_local_dir),
+        ("machine", _machine(resolved)),
+        ("step", f"{config.data.train_batch_size} samples, {_per_rank(config.data.train_batch_size, resolved.actor)}"),
+        ("micro-batch", f"up to {config.data.max_token_len_per_gpu} tokens"),
+        ("lengths", f"up to {config.data.max_length} tokens"),
+        ("model", _role(resolved.actor)),
+        ("steps", f"{config.trainer.total_epochs} epochs" if steps is None else str(steps)),
+    ]
