@@ -216,6 +216,17 @@ class Engine:
         """Optimizer step over the gradients of the last `run(train=True)`: grad_norm, lr, skipped_steps."""
         return self.optimizer.step()
 
+    def offload(self, to_host: bool) -> None:
+        """Lets go of (or takes back) gradient buffers and optimizer state, as the config asks. On CUDA only: on the CPU
+        there is one memory."""
+        if self.optimizer is None or self.device.type == "cpu":
+            return
+        if self.settings.megatron.grad_offload:
+            self.model[0].offload_grad_buffers() if to_host else self.model[0].restore_grad_buffers()
+        if self.settings.megatron.optimizer_offload:
+            self.optimizer.inner.offload_to_cpu() if to_host else self.optimizer.inner.restore_from_cpu()
+        torch.cuda.empty_cache()
+
 
 def _finalize_without_rescaling(model, num_tokens=None, **kwargs) -> None:
     """Megatron's gradient reductions without its division by the number of tokens (denominators are in the loss)."""
@@ -232,6 +243,6 @@ def _seq_params(pack: PackedBatch) -> PackedSeqParams:
     )
 
 
-def sum_metrics(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Sums each metric over micro-batches (they come divided by global denominators)."""
-    return {k: float(functools.reduce(torch.add, (p[k] for p in parts))) for k in (parts[0] if parts else {})}
+def sum_metrics(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Sums each scalar over micro-batches (they come divided by global denominators)."""
+    return {k: functools.reduce(torch.add, (p[k] for p in parts)) for k in (parts[0] if parts else {})}

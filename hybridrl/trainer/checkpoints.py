@@ -1,0 +1,93 @@
+"""Checkpoints of a run: whole or not there. Layout below the run folder, with verl's names:
+
+    global_step_N/actor/rank_*.pt, critic/rank_*.pt   the ranks' parts (hybridrl.megatron.checkpoint)
+    global_step_N/actor/huggingface/                  with hf_model among save_contents
+    global_step_N/trainer.json                        step, data position, KL controller, layout
+    latest_checkpointed_iteration.txt                 N of the newest whole one
+
+A save writes global_step_N.tmp, syncs it, renames it, then points the text file at it: killed at any moment, the newest
+named folder is whole.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+LATEST = "latest_checkpointed_iteration.txt"
+_STEP = re.compile(r"global_step_(\d+)")
+
+
+def save(run_dir: str, step: int, write: Callable[[str], None], state: dict, keep: int | None) -> Path:
+    """Saves step `step`: `write(folder)` has the ranks write their parts. Then drops all but the newest `keep`.
+
+    OSError (a full disk) leaves earlier checkpoints as they were and the unfinished folder removed.
+    """
+    final = Path(run_dir).absolute() / f"global_step_{step}"
+    temporary = final.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(str(temporary))
+        _write_synced(temporary / "trainer.json", json.dumps(state, indent=2))
+        _sync_folder(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    _write_synced(final.parent / f".{LATEST}", f"{step}\n")
+    os.rename(final.parent / f".{LATEST}", final.parent / LATEST)
+    _sync_folder(final.parent)
+    if keep is not None:
+        for old in sorted(steps(run_dir))[:-keep]:
+            shutil.rmtree(final.parent / f"global_step_{old}", ignore_errors=True)
+    return final
+
+
+def steps(run_dir: str) -> list[int]:
+    """Steps of the whole checkpoints below a run folder."""
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        return []
+    found = (_STEP.fullmatch(p.name) for p in folder.iterdir() if (p / "trainer.json").is_file())
+    return sorted(int(m[1]) for m in found if m)
+
+
+def find(run_dir: str, mode: str, path: str | None) -> Path | None:
+    """The folder to resume from: None for mode disable, or auto without a checkpoint. ValueError for a bad path."""
+    if mode == "disable":
+        return None
+    if mode == "resume_path":
+        folder = Path(path or "")
+        if not (folder / "trainer.json").is_file():
+            raise ValueError(
+                f"trainer.resume_from_path={path} is no whole checkpoint (a global_step_N folder with trainer.json). "
+                f"Whole ones in {run_dir}: {steps(run_dir) or 'none'}."
+            )
+        return folder.absolute()
+    found = steps(run_dir)
+    return Path(run_dir).absolute() / f"global_step_{found[-1]}" if found else None
+
+
+def read_state(folder: Path) -> dict:
+    """trainer.json of a checkpoint."""
+    return json.loads((folder / "trainer.json").read_text())
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,311 @@
+"""The loop: draw prompts, generate, score, log-probs and values, advantages, update, publish weights, log.
+
+Reads like the algorithm. Processes are in cluster_setup.py, cuts of the batch in batches.py, formulas in
+hybridrl.algorithms, what each part is given in settings.py.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hybridrl.algorithms import advantages, kl
+from hybridrl.data.balance import seq_cost
+from hybridrl.data.prompts import PromptLoader
+from hybridrl.data.trajectories import Trajectories, jagged
+from hybridrl.megatron.config_from_hf import read_hf_config
+from hybridrl.megatron.families import head_dim
+from hybridrl.resolution import Resolved
+from hybridrl.rewards.manager import RewardManager
+from hybridrl.telemetry import metrics as tm
+from hybridrl.telemetry.phases import PhaseTimer, memory_metrics
+from hybridrl.telemetry.trackers import Trackers
+from hybridrl.trainer import checkpoints, settings
+from hybridrl.trainer.batches import StepBatches
+from hybridrl.trainer.cluster_setup import Parts
+from hybridrl.trainer.samples import join, repeat, score
+from hybridrl.trainer.validation import Validator
+
+
+class PPOTrainer:
+    """Runs `fit` on parts that are up. `validator` is None when there are no validation prompts."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        total_steps: int,
+        parts: Parts,
+        loader: PromptLoader,
+        tokenizer,
+        rewards: RewardManager,
+        trackers: Trackers,
+        validator: Validator | None,
+    ):
+        self.resolved, self.config, self.total_steps, self.parts = resolved, resolved.config, total_steps, parts
+        self.loader, self.tokenizer, self.rewards = loader, tokenizer, rewards
+        self.trackers, self.validator = trackers, validator
+        self.timer = PhaseTimer(trackers.on_phase)
+        self.passes = settings.passes(resolved)
+        self.actor_loss = settings.actor_loss(resolved)
+        self.critic_loss = settings.critic_loss(resolved) if resolved.critic else None
+        self.sampling = settings.sampling(resolved, stop_ids(tokenizer))
+        self.kl_in_reward = settings.kl_in_reward(resolved)
+        self.kl_ctrl = kl.make_kl_controller(**self.kl_in_reward["controller"]) if self.kl_in_reward else None
+        self.cost = cost_model(self.config.actor_rollout_ref.model.path)
+        self.step = 0
+        self.weight_version = -1
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def fit(self, resume_from: Path | None = None) -> None:
+        """Trains to the last step. Validation before the first step carries that step's number."""
+        trainer = self.config.trainer
+        if resume_from:
+            self._resume(resume_from)
+        sync = self._publish()
+        if self.validator and (trainer.val_before_train or trainer.val_only) and not resume_from:
+            self.trackers.log({**self._validate(), **sync}, self.step)
+        if trainer.val_only:
+            return
+        while self.step < self.total_steps:
+            self.step += 1
+            self.trackers.log(self._train_step(), self.step)
+
+    def _train_step(self) -> dict[str, float]:
+        with self.timer("step"):
+            batch, found = self._rollout()
+            work = StepBatches(
+                batch,
+                self.parts.groups,
+                self.config.actor_rollout_ref.rollout.n,
+                self.step,
+                self.cost,
+                self.config.trainer.balance_batch,
+                self.actor_loss.loss_scale_factor,
+            )
+            self._trainer_on()
+            self._forward_passes(work)
+            with self.timer("adv"):
+                found |= self._advantages(work)
+            found |= self._updates(work)
+            found |= self._memory()
+            work.release()
+            found |= self._publish()
+            found |= self._end_of_step()
+        self._dump(work.batch)
+        return found | self._step_metrics(work)
+
+    def _rollout(self) -> tuple[Trajectories, dict[str, float]]:
+        """Prompts, responses and scores of this step."""
+        n = self.config.actor_rollout_ref.rollout.n
+        with self.timer("gen"):
+            prompts, epoch = self.loader.next()
+            uids = [f"{self.step}-{i}" for i in range(prompts.num_rows)]
+            requests = repeat(prompts, uids, n)
+            responses = self.parts.fleet.generate(requests, self.sampling, self.step)
+            batch = join(requests, responses)
+        with self.timer("reward"):
+            batch, found = score(batch, self.tokenizer, self.rewards)
+        return batch, found | {"training/global_step": self.step, "training/epoch": epoch}
+
+    def _trainer_on(self) -> None:
+        """GENERATE -> TRAIN: the rollout engine lets go of the GPU, the trainer takes its state back."""
+        rollout = self.config.actor_rollout_ref.rollout
+        if rollout.free_cache_engine and self.resolved.rollout.colocated:
+            self.parts.fleet.sleep()
+        for group in self.parts.groups.values():
+            group.offload(False)
+
+    def _forward_passes(self, work: StepBatches) -> None:
+        """Old log-probs (unless the one update is exactly on-policy and nothing else needs them), reference, values."""
+        plan = self.resolved.batch
+        on_policy = plan.actor_optimizer_steps == 1 and not self.kl_in_reward
+        if not on_policy:
+            with self.timer("old_log_prob"):
+                work.compute(self.passes["old"], "logprobs", "old_logprobs")
+        if self.resolved.ref:
+            with self.timer("ref"):
+                work.compute(self.passes["ref"], "logprobs", "ref_logprobs")
+        if self.resolved.critic:
+            with self.timer("values"):
+                work.compute(self.passes["critic"], "values", "values")
+
+    def _advantages(self, work: StepBatches) -> dict[str, float]:
+        """Token rewards (score at the last token, minus KL if asked), advantages and returns, added to the batch."""
+        batch, found = work.batch, {}
+        mask = torch.from_numpy(batch.flat("response_mask")[0].astype(np.float32))
+        cu = torch.from_numpy(work.offsets.astype(np.int32))
+        scores = torch.from_numpy(batch.scalars("score").astype(np.float32))
+        rewards = advantages.place_scores(scores, mask, cu)
+        if self.kl_in_reward:
+            old, ref = (torch.from_numpy(batch.flat(c)[0].copy()) for c in ("old_logprobs", "ref_logprobs"))
+            rewards, mean_kl = kl.penalize_rewards(
+                rewards, old, ref, mask, cu, self.kl_in_reward["kind"], self.kl_ctrl.value
+            )
+            found = {"actor/reward_kl_penalty": mean_kl, "actor/reward_kl_penalty_coeff": self.kl_ctrl.value}
+            self.kl_ctrl.update(mean_kl, len(batch))
+        values = torch.from_numpy(batch.flat("values")[0].copy()) if "values" in batch else None
+        groups = torch.from_numpy(np.unique(batch.scalars("uid").astype(str), return_inverse=True)[1])
+        arguments = settings.advantages(self.resolved)
+        inputs = advantages.AdvantageInputs(
+            token_rewards=rewards,
+            response_mask=mask,
+            cu_resp=cu,
+            group_ids=groups,
+            values=values,
+            **{k: v for k, v in arguments.items() if k != "name"},
+        )
+        adv, returns = advantages.compute(arguments["name"], inputs)
+        columns = {"token_rewards": rewards, "advantages": adv, "returns": returns}
+        work.batch = batch.with_columns(**{k: jagged(v.numpy(), work.offsets) for k, v in columns.items()})
+        return found
+
+    def _updates(self, work: StepBatches) -> dict[str, float]:
+        found = {}
+        if self.resolved.critic:
+            with self.timer("update_critic"):
+                stats, _ = work.update(self.passes["critic"], self.critic_loss, ["values", "returns"])
+                found |= {k if "/" in k else f"critic/{k}": v for k, v in stats.items()}
+        if self.step > self.config.trainer.critic_warmup:
+            with self.timer("update_actor"):
+                columns = ["advantages"]
+                columns += ["old_logprobs"] if "old_logprobs" in work.batch else []
+                columns += ["ref_logprobs"] if self.actor_loss.use_kl_loss else []
+                stats, own = work.update(self.passes["actor"], self.actor_loss, columns)
+                found |= {k if "/" in k else f"actor/{k}": v for k, v in stats.items()}
+            if "old_logprobs" not in work.batch:  # the update's own forward stands for them
+                work.batch = work.batch.with_columns(old_logprobs=jagged(own, work.offsets))
+        if self.actor_loss.use_kl_loss:
+            found["actor/kl_coef"] = self.actor_loss.kl_loss_coef
+        return found
+
+    def _publish(self) -> dict[str, float]:
+        """TRAIN -> PUBLISH -> GENERATE: the actor's weights into the rollout engine, by way of a Hugging Face folder and
+        vLLM's own loader (the golden path)."""
+        fleet, rollout = self.parts.fleet, self.config.actor_rollout_ref.rollout
+        sleeping = rollout.free_cache_engine and self.resolved.rollout.colocated
+        with self.timer("update_weights"):
+            self.weight_version = self.step
+            folder = os.path.join(self.parts.publish_dir, "actor")
+            os.makedirs(folder, exist_ok=True)
+            written = self.parts.groups["actor"].export_hf("actor", folder)
+            for group in self.parts.groups.values():
+                group.offload(True)
+            if sleeping:
+                fleet.wake_weights()
+            loaded = fleet.update_weights(folder, self.weight_version)
+            if sleeping:
+                fleet.wake_kv()
+            shutil.rmtree(folder)
+        seconds = max(w["seconds"] for w in written) + loaded["seconds"]
+        size = sum(w["bytes"] for w in written)
+        return {
+            "weight_sync/path": 0.0,  # 0: golden path
+            "weight_sync/export_s": max(w["seconds"] for w in written),
+            "weight_sync/load_s": loaded["seconds"],
+            "weight_sync/gb_per_s": size / 1e9 / max(seconds, 1e-9),
+        }
+
+    def _end_of_step(self) -> dict[str, float]:
+        """Checkpoint and validation when they are due; the last step is always due."""
+        trainer, last, found = self.config.trainer, self.step == self.total_steps, {}
+        if trainer.save_freq > 0 and (last or self.step % trainer.save_freq == 0):
+            with self.timer("save_checkpoint"):
+                self._save()
+        if self.validator and trainer.test_freq > 0 and (last or self.step % trainer.test_freq == 0):
+            found = self._validate()
+        return found
+
+    def _validate(self) -> dict[str, float]:
+        with self.timer("testing"):
+            found, samples = self.validator.run(self.parts.fleet, self.step)
+        self.trackers.log_samples(samples, self.step, self.config.trainer.log_val_generations)
+        return found
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        contents = self.config.actor_rollout_ref.actor.checkpoint.save_contents
+
+        def write(folder: str) -> None:
+            for group in self.parts.groups.values():
+                group.offload(False)
+                group.save(folder)
+            if "hf_model" in contents:
+                target = os.path.join(folder, "actor", "huggingface")
+                os.makedirs(target)
+                self.parts.groups["actor"].export_hf("actor", target, self.config.actor_rollout_ref.model.tokenizer_path)
+            for group in self.parts.groups.values():
+                group.offload(True)
+
+        state = {
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "kl_ctrl": self.kl_ctrl.state_dict() if self.kl_ctrl else None,
+        }
+        trainer = self.config.trainer
+        checkpoints.save(trainer.default_local_dir, self.step, write, state, trainer.max_actor_ckpt_to_keep)
+
+    def _resume(self, folder: Path) -> None:
+        state = checkpoints.read_state(folder)
+        self.loader.load_state_dict(state["loader"])
+        if self.kl_ctrl and state["kl_ctrl"]:
+            self.kl_ctrl.load_state_dict(state["kl_ctrl"])
+        for group in self.parts.groups.values():
+            group.load(str(folder))
+        self.step = state["step"]
+
+    # -- numbers ---------------------------------------------------------------------------------------------------
+
+    def _dump(self, batch: Trajectories) -> None:
+        folder = Path(self.config.trainer.rollout_data_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        batch.write(folder / f"step_{self.step}.parquet")
+
+    def _memory(self) -> dict[str, float]:
+        """The largest rank's memory under actor/perf (its process holds colocated roles too), and the driver's."""
+        ranks = self.parts.groups["actor"].memory()
+        largest = {k: max(r[k] for r in ranks) for k in ranks[0]}
+        return {**{f"actor/{k}": v for k, v in largest.items()}, **memory_metrics()}
+
+    def _step_metrics(self, work: StepBatches) -> dict[str, float]:
+        batch, data = work.batch, self.config.data
+        seconds = self.timer.drain()
+        prompt_tokens = int(batch.lengths("prompt_ids").sum())
+        response_tokens = int(batch.lengths("response_ids").sum())
+        shares = work.shares[("actor", self.passes["actor"].share_name)] if work.shares else []
+        found = tm.data_metrics(batch, data.max_prompt_length, data.max_response_length)
+        found |= tm.timing_metrics(seconds, prompt_tokens, response_tokens)
+        step_seconds = sum(s for k, s in seconds.items() if "/" not in k and k not in ("step", "testing", "save_checkpoint"))
+        found |= tm.throughput_metrics(prompt_tokens + response_tokens, step_seconds, self.resolved.actor.ranks)
+        if shares:
+            found |= tm.seqlen_metrics(work.lengths, [share.rows for share in shares])
+        if self.config.actor_rollout_ref.rollout.log_ppl_check and "old_logprobs" in batch:
+            found |= tm.rollout_mismatch_metrics(
+                batch.flat("old_logprobs")[0],
+                batch.flat("rollout_logprobs")[0],
+                batch.flat("response_mask")[0],
+                work.offsets,
+            )
+        return found
+
+
+def stop_ids(tokenizer) -> tuple[int, ...]:
+    return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+
+
+def cost_model(model_path: str):
+    """Work of a sequence by its length, from the model's own sizes."""
+    hf = read_hf_config(model_path)
+    return lambda lengths: seq_cost(
+        lengths,
+        hidden_size=hf.hidden_size,
+        num_layers=hf.num_hidden_layers,
+        ffn_hidden_size=hf.intermediate_size,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=head_dim(hf),
+        vocab_size=hf.vocab_size,
+    )
