@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hybridrl.config import Actor, ConfigError, Critic, Megatron, PPOConfig, Ref, Rollout, SFTConfig
+from hybridrl.config import Actor, ConfigError, Critic, Megatron, Model, PPOConfig, Ref, Rollout, SFTConfig
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,13 @@ def own(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
+def home(path: Any) -> Any:
+    """A path, a list of paths or None with a leading ~ expanded: no shell does that behind `key=`."""
+    if isinstance(path, list):
+        return [home(part) for part in path]
+    return path and os.path.expanduser(path)
+
+
 def fill_megatron(megatron: Megatron, base: Megatron | None = None) -> Megatron:
     """A role's Megatron group with what it inherits from base (the actor's, filled), or the actor's own."""
     base = base or Megatron(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, dtype="bfloat16")
@@ -186,26 +193,42 @@ def mini_batch_prompts(config: PPOConfig) -> int:
 
 def _filled(config: PPOConfig, machine: Machine) -> PPOConfig:
     arr, trainer = config.actor_rollout_ref, config.trainer
-    run = own(trainer.default_local_dir, os.path.join("checkpoints", trainer.project_name, trainer.experiment_name))
-    actor = _filled_actor(config)
+    run = _run_folder(trainer)
+    actor, custom = _filled_actor(config), config.custom_reward_function
     return replace(
         config,
-        data=replace(config.data, seed=own(config.data.seed, 1)),
+        data=_filled_data(config.data, seed=own(config.data.seed, 1)),
         actor_rollout_ref=replace(
             arr,
-            model=replace(arr.model, tokenizer_path=own(arr.model.tokenizer_path, arr.model.path)),
+            model=_filled_model(arr.model),
             actor=actor,
             ref=_filled_ref(arr.ref, actor),
             rollout=_filled_rollout(config, actor, machine),
         ),
         critic=_filled_critic(config, actor),
+        custom_reward_function=replace(custom, path=home(custom.path)),
         trainer=replace(
             trainer,
             device=machine.device,
             default_local_dir=run,
-            rollout_data_dir=own(trainer.rollout_data_dir, os.path.join(run, "rollouts")),
+            resume_from_path=home(trainer.resume_from_path),
+            rollout_data_dir=own(home(trainer.rollout_data_dir), os.path.join(run, "rollouts")),
         ),
     )
+
+
+def _run_folder(trainer: Any) -> str:
+    return own(
+        home(trainer.default_local_dir), os.path.join("checkpoints", trainer.project_name, trainer.experiment_name)
+    )
+
+
+def _filled_data(data: Any, **further: Any) -> Any:
+    return replace(data, train_files=home(data.train_files), val_files=home(data.val_files), **further)
+
+
+def _filled_model(model: Model) -> Model:
+    return replace(model, path=home(model.path), tokenizer_path=home(own(model.tokenizer_path, model.path)))
 
 
 def _filled_actor(config: PPOConfig) -> Actor:
@@ -250,7 +273,7 @@ def _filled_critic(config: PPOConfig, actor: Actor) -> Critic:
         ppo_epochs=own(critic.ppo_epochs, actor.ppo_epochs),
         ppo_max_token_len_per_gpu=own(critic.ppo_max_token_len_per_gpu, actor.ppo_max_token_len_per_gpu),
         loss_agg_mode=own(critic.loss_agg_mode, actor.loss_agg_mode),
-        model=replace(critic.model, path=own(critic.model.path, config.actor_rollout_ref.model.path)),
+        model=replace(critic.model, path=home(own(critic.model.path, config.actor_rollout_ref.model.path))),
         megatron=fill_megatron(critic.megatron, actor.megatron),
     )
 
@@ -328,7 +351,7 @@ def _fits(resolved: Resolved) -> None:
 
 def _resolve_sft(config: SFTConfig, machine: Machine, world: int) -> ResolvedSFT:
     trainer = config.trainer
-    run = own(trainer.default_local_dir, os.path.join("checkpoints", trainer.project_name, trainer.experiment_name))
+    run = _run_folder(trainer)
     megatron = fill_megatron(config.megatron)
     shards = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size
     if world % shards:
@@ -346,8 +369,11 @@ def _resolve_sft(config: SFTConfig, machine: Machine, world: int) -> ResolvedSFT
         raise ConfigError(
             f"torchrun --nproc_per_node: more ranks than the {machine.gpus} GPUs here; or set trainer.device=cpu"
         )
-    model = replace(config.model, tokenizer_path=own(config.model.tokenizer_path, config.model.path))
     filled = replace(
-        config, model=model, megatron=megatron, trainer=replace(trainer, device=machine.device, default_local_dir=run)
+        config,
+        data=_filled_data(config.data),
+        model=_filled_model(config.model),
+        megatron=megatron,
+        trainer=replace(trainer, device=machine.device, default_local_dir=run),
     )
     return ResolvedSFT(filled, machine, role)

@@ -129,7 +129,7 @@ def _bounds(config: Any) -> Iterator[str]:
 
 def _data(config: PPOConfig) -> Iterator[str]:
     data, trainer = config.data, config.trainer
-    if not data.train_files and not trainer.val_only:
+    if not data.train_files:
         yield "data.train_files: name at least one Parquet file with training prompts"
     if not data.val_files:
         for key, wanted in (("test_freq", trainer.test_freq > 0), ("val_only", trainer.val_only)):

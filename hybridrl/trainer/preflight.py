@@ -12,6 +12,7 @@ from typing import Any
 from hybridrl.config import ConfigError, SFTConfig
 from hybridrl.resolution import Resolved, ResolvedSFT, Role
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 CPU_HEAD_DIM = 32  # vLLM's attention on CPU refuses smaller heads
 
 
@@ -173,6 +174,10 @@ def _tokenizer(name: str, path: str, model_path: str, trust: bool) -> Iterator[s
     key = f"{name}.path" if path == model_path else f"{name}.tokenizer_path"
     from transformers import AutoTokenizer
 
+    if not any((Path(path) / file).is_file() for file in VOCABULARIES):
+        # transformers would make an empty tokenizer of the family's class and say nothing
+        yield f"{key}={path}: no tokenizer in it ({' or '.join(VOCABULARIES)}); copy the tokenizer's files there"
+        return
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
     except Exception as error:  # as many kinds as there are tokenizer formats
