@@ -127,7 +127,11 @@ class RewardManager:
         samples = list(zip(data_source, solution, ground_truth, extra_info, strict=True))
         with self._lock:
             assert self._workers, "the manager is closed"
-            answers = self._run(samples)
+            try:
+                answers = self._run(samples)
+            except BaseException:  # Ctrl-C, say: half-answered chunks must not mix with a later call's
+                self.close()
+                raise
         return _result(answers)
 
     def _run(self, samples: list[tuple]) -> list[tuple]:

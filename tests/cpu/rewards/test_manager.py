@@ -159,6 +159,17 @@ def test_custom_function_is_checked_at_once(tmp_path, text, match):
         RewardManager(2, 1.0, str(tmp_path / "none.py"))
 
 
+def test_a_file_broken_during_the_run_is_named_and_leaves_no_process(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(NAUGHTY)
+    manager = RewardManager(2, 0.5, str(file))
+    first = [w.process.pid for w in manager._workers]
+    file.write_text("x = 1")
+    with pytest.raises(ValueError, match="custom_reward_function.name"):
+        score(manager, ["exit"] * 40)
+    assert not any(alive(pid) for pid in first) and manager._workers == []
+
+
 def alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as f:
