@@ -423,7 +423,8 @@ def markdown() -> str:
         for name, item in leaves(cls).items():
             value = default(item)
             kind, doc = kind_of(item).replace("|", "\\|"), item.metadata["doc"].replace("|", "\\|")
-            lines.append(f"| `{name}` | `{'null' if value is None else value}` | {kind} | {doc} |")
+            shown = "null" if value is None else "''" if value == "" else value
+            lines.append(f"| `{name}` | `{shown}` | {kind} | {doc} |")
     return "\n".join(lines)
 
 

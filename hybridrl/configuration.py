@@ -141,6 +141,9 @@ def _overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
     parser, setting, deleting, problems = OverridesParser.create(), [], [], []
     for word in words:
+        key, _, value = word.partition("=")
+        if value.startswith("~/") and "'" not in value:
+            word = f"{key}='{value}'"  # a home folder, which Hydra's grammar takes in quotes only
         try:
             override = parser.parse_override(word)
         except HydraException as error:
@@ -151,7 +154,7 @@ def _overrides(words: list[str]) -> tuple[list[str], list[str]]:
             )
             continue
         if override.is_sweep_override():
-            problems.append(f"{word}: several values; a list is written {override.key_or_group}=[a,b]")
+            problems.append(f"{word}: several values; a list is written {key}=[{value}]")
         elif override.key_or_group.startswith("hydra."):
             problems.append(
                 f"{override.key_or_group}: hybridrl makes no Hydra output folders; trainer.default_local_dir "
@@ -186,7 +189,7 @@ def _compose(
     """Hydra's composition: the tree of defaults, the file called name, then the overrides."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -203,7 +206,7 @@ def _compose(
         return OmegaConf.to_container(composed, resolve=resolved, throw_on_missing=resolved)
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if f"'{name}'" in lines[0] and "find" in lines[0]:
+        if isinstance(error, MissingConfigException) and f"'{name}'" in lines[0]:
             _fail(
                 f"--config-name={name}: no {name}.yaml in {' or '.join(dict.fromkeys(map(str, (folder, packaged))))}; "
                 f"there are {', '.join(_names(folder, packaged))}"
@@ -245,10 +248,9 @@ def _unknown_key(name: str, value: Any, cls: type) -> str:
             f" {next(leaf for leaf in table if leaf.startswith(f'{name}.'))}"
         )
     last = name.rsplit(".", 1)[-1]
-    near = [leaf for leaf in table if leaf.endswith(f".{last}")]
-    near = difflib.get_close_matches(name, near, n=3, cutoff=0.0) + difflib.get_close_matches(
-        name, table, n=3, cutoff=0.6
-    )
+    near = [leaf for leaf in table if leaf.endswith(f".{name}")]
+    near += difflib.get_close_matches(name, [leaf for leaf in table if leaf.endswith(f".{last}")], n=3, cutoff=0.0)
+    near += difflib.get_close_matches(name, table, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(list(dict.fromkeys(near))[:3])}?" if near else "--help lists every key"
     return f"{name}: unknown key; {hint}"
 
@@ -273,7 +275,9 @@ def _coerce(name: str, value: Any, item: Any) -> Any:
 
 
 def _scalar(value: Any, kind: type, wrong: ConfigError) -> Any:
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise wrong
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)

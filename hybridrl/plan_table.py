@@ -136,6 +136,8 @@ def unused_keys(resolved: Resolved) -> list[str]:
         off += ["critic.[!e]*"]
     if not resolved.ref:
         off += ["actor_rollout_ref.ref.*"]
+    if not actor.use_dynamic_bsz:
+        off += ["*max_token_len_per_gpu"]
     if not actor.use_kl_loss:
         off += ["*.actor.kl_loss_*"]
     if not algorithm.use_kl_in_reward:

@@ -1,6 +1,6 @@
 """The rules between keys: impossible values and contradictions, each with the keys' names and the mend.
 
-What needs the machine (GPUs, CPU ranks) is `resolution.resolve`'s, what needs files is `cluster.preflight`'s. verl's
+What needs the machine (GPUs, CPU ranks) is `resolution.resolve`'s, what needs files is `trainer.preflight`'s. verl's
 scripts set keys of features that they switch off in the same command; those are no contradiction, the plan lists them
 as not used.
 """
@@ -146,7 +146,7 @@ def _batches(config: PPOConfig) -> Iterator[str]:
     actor, critic, prompts = config.actor_rollout_ref.actor, config.critic, config.data.train_batch_size
     n, mini = config.actor_rollout_ref.rollout.n, mini_batch_prompts(config)
     sizes = [(f"{ARR}.actor", mini, actor.megatron, ranks_of_actor(config))]
-    if _with_critic(config):
+    if _with_critic(config) and (critic.ppo_mini_batch_size or config.trainer.placement.critic):
         ranks = own(config.trainer.placement.critic, ranks_of_actor(config))
         sizes.append(("critic", own(critic.ppo_mini_batch_size, mini), critic.megatron, ranks))
     base = fill_megatron(actor.megatron)
@@ -179,8 +179,8 @@ def _lengths(config: PPOConfig) -> Iterator[str]:
     budget = arr.actor.ppo_max_token_len_per_gpu
     budgets = {
         f"{ARR}.actor.ppo_max_token_len_per_gpu": budget if arr.actor.ppo_micro_batch_size_per_gpu is None else None,
-        f"{ARR}.rollout.log_prob_max_token_len_per_gpu": own(arr.rollout.log_prob_max_token_len_per_gpu, None),
-        f"{ARR}.ref.log_prob_max_token_len_per_gpu": own(arr.ref.log_prob_max_token_len_per_gpu, None),
+        f"{ARR}.rollout.log_prob_max_token_len_per_gpu": arr.rollout.log_prob_max_token_len_per_gpu,
+        f"{ARR}.ref.log_prob_max_token_len_per_gpu": arr.ref.log_prob_max_token_len_per_gpu,
         "critic.ppo_max_token_len_per_gpu": config.critic.ppo_max_token_len_per_gpu,
         f"{ARR}.rollout.max_model_len": arr.rollout.max_model_len,
     }
@@ -327,7 +327,7 @@ def _parallelism(config: PPOConfig) -> Iterator[str]:
             yield from _split(role, filled, pool, f"the {pool} ranks of trainer.placement.{short}")
             continue
         for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "dtype"):
-            if get(filled, key) != get(base, key):
+            if get(megatron, key) is not None and get(filled, key) != get(base, key):
                 yield (
                     f"{role}.megatron.{key}={get(filled, key)} differs from"
                     f" {ARR}.actor.megatron.{key}={get(base, key)}, and both share processes: leave the first out, or"
