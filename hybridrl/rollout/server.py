@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,37 @@ def base_environment(settings: ServerSettings) -> dict[str, str]:
     }
 
 
+def engine_arguments(settings: ServerSettings) -> dict[str, Any]:
+    """Arguments of vLLM's engine (AsyncEngineArgs, LLM) for `settings` on this machine's platform. Imports vLLM."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    s, on_cpu = settings, current_platform.is_cpu()
+    arguments = dict(
+        model=s.model_path, load_format=s.load_format, dtype=s.dtype, seed=s.seed,
+        tensor_parallel_size=s.tensor_parallel_size,
+        # Named, because inside a Ray actor vLLM would pick Ray and ask it for GPUs.
+        distributed_executor_backend="uni" if s.tensor_parallel_size == 1 else "mp",
+        max_model_len=s.max_model_len, max_num_seqs=s.max_num_seqs, max_num_batched_tokens=s.max_num_batched_tokens,
+        enable_prefix_caching=s.enable_prefix_caching,
+        enable_chunked_prefill=s.enable_chunked_prefill and not on_cpu,
+        enforce_eager=on_cpu if s.enforce_eager is None else s.enforce_eager,
+        enable_sleep_mode=s.sleep and current_platform.is_sleep_mode_available(),
+        skip_tokenizer_init=True, logprobs_mode="processed_logprobs",
+        disable_log_stats=True, use_tqdm_on_load=False,
+    )
+    if on_cpu:
+        arguments["kv_cache_memory_bytes"] = int(s.cpu_kvcache_gib * 2**30)
+    else:
+        arguments["gpu_memory_utilization"] = s.gpu_memory_utilization
+    for name in s.engine_kwargs:
+        if name in arguments:
+            raise ValueError(f"{_KEY}.engine_kwargs.vllm.{name}: set by a key of its own, remove it here")
+        if name not in {known.name for known in fields(AsyncEngineArgs)}:
+            raise ValueError(f"{_KEY}.engine_kwargs.vllm.{name}: this vLLM's AsyncEngineArgs has no such argument")
+    return arguments | s.engine_kwargs
+
+
 class VllmServer:
     """Runs vLLM's AsyncLLM in this process's event loop; the engine itself lives in processes of its own.
 
@@ -130,7 +161,7 @@ class VllmServer:
             if self._on_cpu:
                 self.settings.check_whole_prefill(", which vLLM can't do on CPU for requests with a seed")
                 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB only, and it would beat cpu_kvcache_gib
-                if self._eager:
+                if engine_arguments(self.settings)["enforce_eager"]:
                     # vLLM compiles a few helpers of its sampler even so: 16 s of C++ at the first request.
                     os.environ["TORCHDYNAMO_DISABLE"] = "1"
             self._engine = self._make_engine()
@@ -140,35 +171,12 @@ class VllmServer:
         seconds = time.monotonic() - began
         return {"pid": os.getpid(), "seconds": seconds, "log": _stderr_file(), "sleep": self._can_sleep}
 
-    @property
-    def _eager(self) -> bool:
-        return self._on_cpu if self.settings.enforce_eager is None else self.settings.enforce_eager
-
     def _make_engine(self):
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        s = self.settings
-        arguments = dict(
-            model=s.model_path, load_format=s.load_format, dtype=s.dtype, seed=s.seed,
-            tensor_parallel_size=s.tensor_parallel_size,
-            # Named, because inside a Ray actor vLLM would pick Ray and ask it for GPUs.
-            distributed_executor_backend="uni" if s.tensor_parallel_size == 1 else "mp",
-            max_model_len=s.max_model_len, max_num_seqs=s.max_num_seqs, max_num_batched_tokens=s.max_num_batched_tokens,
-            enable_prefix_caching=s.enable_prefix_caching,
-            enable_chunked_prefill=s.enable_chunked_prefill and not self._on_cpu,
-            enforce_eager=self._eager, enable_sleep_mode=self._can_sleep,
-            skip_tokenizer_init=True, logprobs_mode="processed_logprobs",
-            disable_log_stats=True, use_tqdm_on_load=False,
-        )
-        if self._on_cpu:
-            arguments["kv_cache_memory_bytes"] = int(s.cpu_kvcache_gib * 2**30)
-        else:
-            arguments["gpu_memory_utilization"] = s.gpu_memory_utilization
-        if clash := sorted(arguments.keys() & s.engine_kwargs.keys() - {"enforce_eager"}):
-            raise ValueError(f"{_KEY}.engine_kwargs.vllm.{clash[0]}: set by a key of its own, remove it there")
-        config = AsyncEngineArgs(**arguments | s.engine_kwargs).create_engine_config()
-        if self._on_cpu and s.tensor_parallel_size == 1:
+        config = AsyncEngineArgs(**engine_arguments(self.settings)).create_engine_config()
+        if self._on_cpu and self.settings.tensor_parallel_size == 1:
             # On CPU vLLM turns "uni" into "mp" to bind threads, which nobind turns off: save that process and 7 s.
             config.parallel_config.distributed_executor_backend = "uni"
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
