@@ -40,7 +40,7 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         assert packed_seq_params is not None, "hybridrl packs every batch"
         cu = packed_seq_params.cu_seqlens_q
-        if query.is_cuda:
+        if query.is_cuda and query.dtype != torch.float32:  # PyTorch's packed kernel is for half precision
             out = _varlen(query, key, value, cu, packed_seq_params.max_seqlen_q)
         else:
             bounds = cu.tolist()

@@ -97,6 +97,15 @@ COLUMNS = (
     Column("tok/s", _first("perf/throughput"), 6, 3),
 )
 
+SUPERVISED_COLUMNS = (
+    Column("loss", _first("train/loss"), 7, 0),
+    Column("val_loss", _first("val/loss"), 8, 1, optional=True),
+    Column("entropy", _first("train/entropy"), 7, 4),
+    Column("grad_norm", _first("train/grad_norm"), 9, 3),
+    Column("lr", _first("train/lr"), 8, 2),
+    Column("step_s", _first("timing_s/step"), 6, 5, format=lambda v: f"{v:.2f}"),
+)
+
 
 class _TimeLeft(TextColumn):
     """Time left from the recent steps, counting down inside a step: one step may take minutes."""
@@ -118,6 +127,7 @@ class StepConsole:
         self.interactive = self.console.is_terminal
         self.total_steps = total_steps
         self._file = file or sys.stdout
+        self._columns = COLUMNS
         self._seen: set[str] = set()
         self._shown: tuple[Column, ...] = ()
         self._rows_since_header = 0
@@ -160,13 +170,15 @@ class StepConsole:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """One row for a training step; one line for metrics of a validation alone."""
         now = time.monotonic()
-        training = any(name.startswith(("actor/", "critic/", "timing_s/gen")) for name in metrics)
+        training = any(name.startswith(("actor/", "critic/", "timing_s/gen", "train/")) for name in metrics)
+        if "train/loss" in metrics:
+            self._columns = SUPERVISED_COLUMNS
         if training:
             self._durations.append(metrics.get("timing_s/step", now - self._last_log))
         self._last_log, self._step = now, step
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
-        self._seen |= {column.title for column in COLUMNS if column.value(metrics) is not None}
+        self._seen |= {column.title for column in self._columns if column.value(metrics) is not None}
         if not training:
             self._validation_line(metrics, step)
             return
@@ -182,7 +194,7 @@ class StepConsole:
         return max(2 * len(str(self.total_steps)) + 1 if self.total_steps else 6, 6)
 
     def _choose_columns(self) -> tuple[Column, ...]:
-        shown = [column for column in COLUMNS if not column.optional or column.title in self._seen]
+        shown = [column for column in self._columns if not column.optional or column.title in self._seen]
         if self.interactive:
             room = self.console.width - self._step_width()
             while shown and sum(column.width + 2 for column in shown) > room:

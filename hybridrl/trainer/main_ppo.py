@@ -12,10 +12,15 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, checks and runs. Returns the exit status; every process that it started is gone by then."""
+    return exit_status(run, sys.argv[1:] if argv is None else argv)
+
+
+def exit_status(run, argv: list[str]) -> int:
+    """Calls run(argv) and turns the user's mistakes and Ctrl-C into a message and a status."""
     from hybridrl.config import ConfigError
 
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        run(argv)
     except ConfigError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         return 2

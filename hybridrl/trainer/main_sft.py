@@ -9,26 +9,12 @@ Started with plain python it runs one rank. Exports RUN/global_step_N/huggingfac
 import os
 import sys
 
-from hybridrl.trainer.main_ppo import early_errors
+from hybridrl.trainer.main_ppo import early_errors, exit_status
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, checks and runs. Returns the exit status; see main_ppo."""
-    from hybridrl.config import ConfigError
-
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except ConfigError as error:
-        print(f"configuration error: {error}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        if not getattr(error, "early", False):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(run, sys.argv[1:] if argv is None else argv)
 
 
 def run(argv: list[str]) -> None:
@@ -38,11 +24,13 @@ def run(argv: list[str]) -> None:
     from hybridrl.config import SFTConfig
     from hybridrl.configuration import check, detect_machine, load, plan_rows, resolve
     from hybridrl.telemetry.console import print_table
+    from hybridrl.trainer.preflight import check_inputs
     from hybridrl.trainer.sft import fit, read_pairs
 
     config, tree = load(SFTConfig, argv, "sft")
     check(config)
     resolved = resolve(config, detect_machine(config.trainer.device))
+    check_inputs(resolved)
     model = resolved.config.model
     with early_errors():
         tokenizer = AutoTokenizer.from_pretrained(

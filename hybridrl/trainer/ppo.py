@@ -92,8 +92,12 @@ class PPOTrainer:
             found |= self._updates(work)
             found |= self._memory()
             work.release()
+            if due(self.config.trainer.save_freq, self.step, self.total_steps):
+                with self.timer("save_checkpoint"):  # now, while the trainer has its whole state on the device
+                    self._save()
             found |= self._publish()
-            found |= self._end_of_step()
+            if self.validator and due(self.config.trainer.test_freq, self.step, self.total_steps):
+                found |= self._validate()
         self._dump(work.batch)
         return found | self._step_metrics(work)
 
@@ -208,16 +212,6 @@ class PPOTrainer:
             "weight_sync/gb_per_s": size / 1e9 / max(seconds, 1e-9),
         }
 
-    def _end_of_step(self) -> dict[str, float]:
-        """Checkpoint and validation when they are due; the last step is always due."""
-        trainer, last, found = self.config.trainer, self.step == self.total_steps, {}
-        if trainer.save_freq > 0 and (last or self.step % trainer.save_freq == 0):
-            with self.timer("save_checkpoint"):
-                self._save()
-        if self.validator and trainer.test_freq > 0 and (last or self.step % trainer.test_freq == 0):
-            found = self._validate()
-        return found
-
     def _validate(self) -> dict[str, float]:
         with self.timer("testing"):
             found, samples = self.validator.run(self.parts.fleet, self.step)
@@ -231,14 +225,11 @@ class PPOTrainer:
 
         def write(folder: str) -> None:
             for group in self.parts.groups.values():
-                group.offload(False)
                 group.save(folder)
             if "hf_model" in contents:
                 target = os.path.join(folder, "actor", "huggingface")
                 os.makedirs(target)
                 self.parts.groups["actor"].export_hf("actor", target, self.config.actor_rollout_ref.model.tokenizer_path)
-            for group in self.parts.groups.values():
-                group.offload(True)
 
         state = {
             "step": self.step,
@@ -290,6 +281,11 @@ class PPOTrainer:
                 work.offsets,
             )
         return found
+
+
+def due(frequency: int, step: int, last: int) -> bool:
+    """Whether something done every `frequency` steps (-1: never) and at the last one is done at `step`."""
+    return frequency > 0 and (step == last or step % frequency == 0)
 
 
 def stop_ids(tokenizer) -> tuple[int, ...]:
