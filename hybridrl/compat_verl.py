@@ -60,11 +60,13 @@ def _token_budget(target: str) -> Derived:
             return {}
         if target in context.explicit:
             raise Refusal(f"{target} says the same in tokens; keep one of the two")
-        if context.ppo:
-            length = context.values["data.max_prompt_length"] + context.values["data.max_response_length"]
-        else:
-            length = context.values["data.max_length"]
-        return {target: int(value) * length}
+        if type(value) is not int or value < 1:
+            raise Refusal("must be a positive number of samples")
+        parts = ("data.max_prompt_length", "data.max_response_length") if context.ppo else ("data.max_length",)
+        lengths = [context.values[part] for part in parts]
+        if not all(type(length) is int for length in lengths):
+            return {}  # the lengths' own message says it
+        return {target: value * sum(lengths)}
 
     return Derived(make)
 
@@ -73,8 +75,10 @@ def _recompute(target: str) -> Derived:
     """Gradient checkpointing as Megatron's full recomputation, unless recompute_* fields are set by hand."""
 
     def make(name: str, value: Any, context: Context) -> dict[str, Any]:
-        given = dict(context.values[target])
-        if not value or any(field.startswith("recompute_") for field in given):
+        if value not in (True, False):
+            raise Refusal("must be true or false")
+        given = context.values[target]
+        if not value or not isinstance(given, dict) or any(field.startswith("recompute_") for field in given):
             return {}
         return {target: given | dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)}
 
@@ -314,14 +318,18 @@ for _role in (ACTOR, REF, "critic"):
         f"{_role}.megatron.entropy_from_logits_with_chunking": Honoured((ANY,)),
         f"{_role}.megatron.router_replay.*": Honoured((None, "disabled"), f"router replay {NEXT}"),
         f"{_role}.megatron.dist_ckpt_optim_fully_reshardable": Honoured((ANY,)),
+        f"{_role}.fsdp_config.*": FSDP,
+        f"{_role}.model.fsdp_config.*": FSDP,
+    }
+
+for _role in (ACTOR, "critic"):
+    PPO |= {
         f"{_role}.optim.optimizer": Honoured(("adam", "adamw"), "AdamW is the only optimizer so far"),
         f"{_role}.optim.total_training_steps": Honoured((-1, None), "trainer.total_training_steps"),
         f"{_role}.optim.warmup_style": Moved(f"{_role}.optim.lr_decay_style"),
         f"{_role}.optim.lr_scheduler_type": Moved(f"{_role}.optim.lr_decay_style"),
         f"{_role}.optim.override_optimizer_config": Honoured(({}, None), f"overriding Megatron's optimizer {NEXT}"),
         f"{_role}.optim.*": Refused(f"is not a key of hybridrl's AdamW: see {_role}.optim in --help"),
-        f"{_role}.fsdp_config.*": FSDP,
-        f"{_role}.model.fsdp_config.*": FSDP,
     }
 
 SFT: dict[str, Any] = {
@@ -414,7 +422,7 @@ def _apply(rule: Any, name: str, value: Any, context: Context) -> dict[str, Any]
         return {}
     if isinstance(rule, Moved):
         target, _, inside = rule.to.partition(":")
-        if inside:
+        if inside and isinstance(context.values[target], dict):
             return {} if value is None else {target: context.values[target] | {inside: value}}
         return {} if value is None else {target: value}
     if isinstance(rule, Derived):

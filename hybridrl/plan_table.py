@@ -11,12 +11,22 @@ def plan_rows(resolved: Resolved | ResolvedSFT) -> list[tuple[str, str]]:
 
 
 def _ppo_rows(resolved: Resolved) -> list[tuple[str, str]]:
-    config, batch, machine = resolved.config, resolved.batch, resolved.machine
+    unused = unused_keys(resolved)
+    return [
+        ("run folder", resolved.config.trainer.default_local_dir),
+        ("machine", _machine(resolved)),
+        *_batch_rows(resolved),
+        *_role_rows(resolved),
+        ("steps", _steps(resolved)),
+        *([("set, not used in this run", ", ".join(unused))] if unused else []),
+    ]
+
+
+def _batch_rows(resolved: Resolved) -> list[tuple[str, str]]:
+    config, batch = resolved.config, resolved.batch
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     n = rollout.n
     rows = [
-        ("run folder", config.trainer.default_local_dir),
-        ("machine", _machine(resolved)),
         (
             "algorithm",
             f"{config.algorithm.adv_estimator}, policy loss {actor.policy_loss.loss_mode}, {actor.loss_agg_mode}",
@@ -29,68 +39,39 @@ def _ppo_rows(resolved: Resolved) -> list[tuple[str, str]]:
                 f"{_per_rank(batch.mini_batch_samples, resolved.actor)}"
             ),
         ),
-        (
-            "actor updates a step",
-            (
-                f"{batch.mini_batches} mini-batches x {actor.ppo_epochs} epochs = "
-                f"{batch.actor_optimizer_steps} optimizer steps"
-            ),
-        ),
+        ("actor updates a step", _updates(batch.mini_batches, actor.ppo_epochs)),
     ]
     if resolved.critic:
-        rows.append(
-            (
-                "critic updates a step",
-                (
-                    f"{batch.critic_mini_batches} mini-batches x {config.critic.ppo_epochs} epochs = "
-                    f"{batch.critic_optimizer_steps} optimizer steps"
-                ),
-            )
-        )
-    rows += [
-        (
-            "micro-batch",
-            (
-                f"up to {actor.ppo_max_token_len_per_gpu} tokens"
-                if actor.use_dynamic_bsz
-                else f"{actor.ppo_micro_batch_size_per_gpu} samples"
-            ),
-        ),
+        rows.append(("critic updates a step", _updates(batch.critic_mini_batches, config.critic.ppo_epochs)))
+    budget = f"up to {actor.ppo_max_token_len_per_gpu} tokens"
+    return rows + [
+        ("micro-batch", budget if actor.use_dynamic_bsz else f"{actor.ppo_micro_batch_size_per_gpu} samples"),
         ("log-prob pass", f"up to {rollout.log_prob_max_token_len_per_gpu} tokens"),
         ("lengths", f"prompt up to {config.data.max_prompt_length}, response up to {config.data.max_response_length}"),
+    ]
+
+
+def _updates(mini_batches: int, epochs: int) -> str:
+    return f"{mini_batches} mini-batches x {epochs} epochs = {mini_batches * epochs} optimizer steps"
+
+
+def _role_rows(resolved: Resolved) -> list[tuple[str, str]]:
+    rollout, estimator = resolved.config.actor_rollout_ref.rollout, resolved.config.algorithm.adv_estimator
+    no_critic = f"none: algorithm.adv_estimator={estimator} needs no values"
+    rows = [
         ("actor", _role(resolved.actor)),
-        (
-            "critic",
-            (
-                _role(resolved.critic)
-                if resolved.critic
-                else f"none: algorithm.adv_estimator={config.algorithm.adv_estimator} needs no values"
-            ),
-        ),
+        ("critic", _role(resolved.critic) if resolved.critic else no_critic),
         ("reference", _role(resolved.ref) if resolved.ref else "none: no KL term asked for"),
         ("rollout", _rollout(resolved)),
-        (
-            "KV cache",
-            (
-                f"{rollout.cpu_kvcache_gib:g} GiB an engine (rollout.cpu_kvcache_gib)"
-                if machine.device == "cpu"
-                else f"within {rollout.gpu_memory_utilization:.0%} of each GPU (rollout.gpu_memory_utilization)"
-            ),
-        ),
     ]
-    if machine.device == "cpu":
-        rows.append(
-            (
-                "gpu_memory_utilization",
-                (
-                    f"{rollout.gpu_memory_utilization:g}: not applicable on CPU "
-                    "(KV cache: actor_rollout_ref.rollout.cpu_kvcache_gib)"
-                ),
-            )
-        )
-    rows.append(("steps", _steps(resolved)))
-    unused = unused_keys(resolved)
-    return rows + ([("set, not used in this run", ", ".join(unused))] if unused else [])
+    share = rollout.gpu_memory_utilization
+    if resolved.machine.device != "cpu":
+        return [*rows, ("KV cache", f"within {share:.0%} of each GPU (rollout.gpu_memory_utilization)")]
+    key = "actor_rollout_ref.rollout.cpu_kvcache_gib"
+    return rows + [
+        ("KV cache", f"{rollout.cpu_kvcache_gib:g} GiB an engine ({key})"),
+        ("gpu_memory_utilization", f"{share:g}: not applicable on CPU (KV cache: {key})"),
+    ]
 
 
 def _machine(resolved: Resolved | ResolvedSFT) -> str:
