@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_TOKENS = 1024  # fixed, so that a token's bits do not depend on which call it came in
+CHUNK_TOKENS = 1024  # fixed, so that equal calls are cut alike and give equal bits
 
 
 @dataclass(frozen=True)
@@ -72,36 +72,39 @@ class _LogProb(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, shard):
         count = hidden.shape[0]
         logprob = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        entropy, lse = torch.empty_like(logprob), torch.empty_like(logprob)
+        entropy, tops, log_sums = (torch.empty_like(logprob) for _ in range(3))
         for a in range(0, count, CHUNK_TOKENS):
             part = slice(a, min(a + CHUNK_TOKENS, count))
             logits = _chunk_logits(hidden[part], weight, temperature, shard)
             top = shard.reduce(logits.amax(dim=1), dist.ReduceOp.MAX)
+            # From here on logits stand relative to the largest: adding it back would round small differences away.
+            logits.sub_(top[:, None])
             local, here = _local_targets(targets[part], weight.shape[0], shard)
             target = logits.gather(1, local[:, None]).squeeze(1).masked_fill(~here, 0.0)
-            exp = (logits - top[:, None]).exp_()
+            exp = logits.exp()
             # -inf * 0 would be nan: padding has weight zero, so any finite logit serves there.
             weighted = (exp * logits.clamp_min_(torch.finfo(torch.float32).min)).sum(dim=1)
             sums = shard.reduce(torch.stack([exp.sum(dim=1), weighted, target]))
-            lse[part] = sums[0].log() + top
-            logprob[part] = sums[2] - lse[part]
-            entropy[part] = lse[part] - sums[1] / sums[0]
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+            tops[part], log_sums[part] = top, sums[0].log()
+            logprob[part] = sums[2] - log_sums[part]
+            entropy[part] = log_sums[part] - sums[1] / sums[0]
+        ctx.save_for_backward(hidden, weight, targets, tops, log_sums, entropy)
         ctx.temperature, ctx.shard = temperature, shard
         return logprob, entropy
 
     @staticmethod
     def backward(ctx, grad_logprob, grad_entropy):
-        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        hidden, weight, targets, tops, log_sums, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for a in range(0, hidden.shape[0], CHUNK_TOKENS):
             part = slice(a, min(a + CHUNK_TOKENS, hidden.shape[0]))
             logits = _chunk_logits(hidden[part], weight, ctx.temperature, ctx.shard)
-            logp = logits.sub_(lse[part, None])
+            logp = logits.sub_(tops[part, None]).sub_(log_sums[part, None])
             p = logp.exp()
             g_l, g_h = grad_logprob[part, None], grad_entropy[part, None]
-            inner = logp.clamp_min_(torch.finfo(torch.float32).min).add_(entropy[part, None]).mul_(g_h).add_(g_l)
+            # Where p is 0 in fp32 (below e^-104, padding at -inf) any finite value serves, if g_h cannot overflow it.
+            inner = logp.clamp_min_(-1e4).add_(entropy[part, None]).mul_(g_h).add_(g_l)
             grad = p.mul_(inner).neg_()
             local, here = _local_targets(targets[part], weight.shape[0], ctx.shard)
             grad.scatter_add_(1, local[:, None], torch.where(here[:, None], g_l, torch.zeros_like(g_l)))
