@@ -138,6 +138,21 @@ def test_bad_prompts_are_refused(local):
     assert local.health() == [{"weight_version": 5, "running": 0}]
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"engine_kwargs": {"no_such_argument": 1}}, "no_such_argument"),
+    ({"engine_kwargs": {"dtype": "float16"}}, "key of its own"),
+    ({"max_num_batched_tokens": 128, "max_num_seqs": 8}, "seed"),
+])
+def test_a_start_that_cannot_be_is_refused(local, models, change, words):
+    before = engine_processes(os.getpid())
+    fleet = RolloutFleet(server_settings(models[0], **change), executor="local")
+    with pytest.raises(ValueError, match=words):
+        fleet.start()
+    assert engine_processes(os.getpid()) == before
+    with pytest.raises(RuntimeError, match="shut down"):  # start() ended what it had begun
+        fleet.health()
+
+
 def test_reload_from_dummy_equals_a_direct_load(local, remote, models):
     prompts = prompt_table(PROMPTS, n=4)
     direct = remote[0].generate(prompts, sampling(), step=11)
