@@ -88,10 +88,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--local_dir", "--local_save_dir", type=Path, default=Path("data/arithmetic"))
     parser.add_argument("--digits", type=int, default=3, help="digits of each number")
-    parser.add_argument("--sft_size", type=int, default=20000)
+    parser.add_argument("--sft_size", type=int, default=32000)
     parser.add_argument("--train_size", type=int, default=8192)
     parser.add_argument("--test_size", type=int, default=512)
-    parser.add_argument("--forget", type=float, default=0.8, help="chance that the teacher forgets a carry")
+    parser.add_argument("--forget", type=float, default=0.7, help="chance that the teacher forgets a carry")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if args.digits < 1 or not 0 <= args.forget <= 1 or min(args.sft_size, args.train_size, args.test_size) < 1:

@@ -76,7 +76,7 @@ def test_teacher_forgets_as_often_as_told(made):
     found, rows = made["sft_train"]
     carries = [(row["response"].split(", ")[1].count("+") == 2) for (a, b), row in zip(found, rows, strict=True)
                if a % 10 + b % 10 >= 10]
-    assert abs(sum(carries) / len(carries) - 0.2) < 0.05
+    assert abs(sum(carries) / len(carries) - 0.3) < 0.05
     assert set(rows[0]) == {"prompt", "response", "extra_info"}
 
 
