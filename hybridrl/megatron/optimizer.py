@@ -96,13 +96,21 @@ class Optimizer:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """The reverse, on the same split. The model's own parameters are loaded separately, bit for bit."""
-        self.scheduler.load_state_dict(state["scheduler"])
+        """The reverse, on the same split. The model's own parameters are loaded separately, bit for bit.
+
+        Learning rate, decay and betas stay the run's own: a resumed run may change them.
+        """
         self.skipped = state["skipped"]
         for part, saved in zip(getattr(self.inner, "chained_optimizers", [self.inner]), state["parts"], strict=True):
             if saved is None:
                 continue
+            # The fused Adams count their steps in the groups.
+            own = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in part.optimizer.param_groups]
             part.optimizer.load_state_dict(saved["torch"])
+            for group, options in zip(part.optimizer.param_groups, own, strict=True):
+                group.update(options)
             for group, masters in zip(part.optimizer.param_groups, saved["masters"], strict=True):
                 for param, master in zip(group["params"], masters, strict=True):
                     param.data.copy_(master)
+        self.scheduler.num_steps = 0  # its load_state_dict steps on from where it is
+        self.scheduler.load_state_dict(state["scheduler"])
