@@ -176,6 +176,10 @@ PPO: dict[str, Any] = {
     f"{ACTOR}.tis_imp_ratio_cap": Honoured((None, -1), f"rollout correction {NEXT}"),
     f"{ACTOR}.policy_loss.*": Refused(f"belongs to a policy loss that {NEXT}"),
     # reference and rollout
+    f"{REF}.megatron.seed": Honoured((ANY,)),  # forward only: nothing to initialise, shard or offload
+    f"{REF}.megatron.use_distributed_optimizer": Honoured((ANY,)),
+    f"{REF}.megatron.grad_offload": Honoured((ANY,)),
+    f"{REF}.megatron.optimizer_offload": Honoured((ANY,)),
     f"{REF}.strategy": Honoured(("megatron",), "Megatron-core is the only training engine"),
     f"{REF}.log_prob_use_dynamic_bsz": Honoured((ANY,)),  # forward passes are always packed to a token budget
     f"{REF}.log_prob_micro_batch_size_per_gpu": _token_budget(f"{REF}.log_prob_max_token_len_per_gpu"),

@@ -101,26 +101,32 @@ class CriticOptim(Optim):
 
 
 @dataclass(frozen=True)
-class Megatron:
+class Parallel:
+    """How Megatron builds and splits a model; all that a forward-only role needs."""
+
     tensor_model_parallel_size: int | None = key(None, "Tensor parallelism. None: the actor's; the actor's own: 1.")
     pipeline_model_parallel_size: int | None = key(None, "Pipeline stages. None: the actor's; the actor's own: 1.")
     sequence_parallel: bool | None = key(
         None, "Sequence parallelism. None: the actor's; the actor's own: on when TP > 1."
     )
-    use_distributed_optimizer: bool = key(True, "Shard the optimizer's state over data-parallel ranks.")
     dtype: TrainDtype | None = key(
         None, "Dtype of the weights in training. None: the actor's; the actor's own: bfloat16."
     )
-    seed: int = key(42, "Seed of weight initialisation (value head) and of every RNG state on the ranks.")
     transformer_impl: Literal["auto", "transformer_engine", "local"] = key(
         "auto",
         "Transformer Engine's layers, or Megatron's local ones with PyTorch's packed attention. auto: TE if installed.",
     )
-    grad_offload: bool = key(False, "Free the gradient buffers while the rollout engine has the GPU.")
-    optimizer_offload: bool = key(False, "Keep the optimizer's state in host memory while it is not stepping.")
     override_transformer_config: dict = key(
         {}, "Any further field of Megatron's TransformerConfig, e.g. recompute_granularity."
     )
+
+
+@dataclass(frozen=True)
+class Megatron(Parallel):
+    use_distributed_optimizer: bool = key(True, "Shard the optimizer's state over data-parallel ranks.")
+    seed: int = key(42, "Seed of weight initialisation (value head) and of every RNG state on the ranks.")
+    grad_offload: bool = key(False, "Free the gradient buffers while the rollout engine has the GPU.")
+    optimizer_offload: bool = key(False, "Keep the optimizer's state in host memory while it is not stepping.")
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class PolicyLoss:
 @dataclass(frozen=True)
 class ActorCheckpoint:
     save_contents: list[str] = key(
-        ["model", "optimizer", "extra"], "Add hf_model to export a Hugging Face folder at each save."
+        ["model", "optimizer", "extra"], "All three, always; add hf_model to export a Hugging Face folder at each save."
     )
 
 
@@ -167,7 +173,7 @@ class Ref:
     log_prob_max_token_len_per_gpu: int | None = key(
         None, "Token budget of a forward-only pass. None: actor.ppo_max_token_len_per_gpu."
     )
-    megatron: Megatron = node(Megatron)
+    megatron: Parallel = node(Parallel)
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,7 @@ class Rollout:
     enable_prefix_caching: bool = key(
         True, "Reuse the KV cache of shared prompt prefixes (dropped at each weight update)."
     )
-    enable_chunked_prefill: bool = key(True, "Mix prefill chunks with decoding.")
+    enable_chunked_prefill: bool = key(True, "Mix prefill chunks with decoding. Off on CPU.")
     free_cache_engine: bool = key(True, "Put vLLM to sleep while training (where the platform can).")
     load_format: Literal["dummy", "auto", "safetensors"] = key(
         "dummy", "dummy: start with random weights and take the trainer's."

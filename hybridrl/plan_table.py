@@ -2,6 +2,7 @@
 
 from fnmatch import fnmatchcase
 
+from hybridrl.config import Actor
 from hybridrl.resolution import Resolved, ResolvedSFT, Role
 
 
@@ -43,12 +44,15 @@ def _batch_rows(resolved: Resolved) -> list[tuple[str, str]]:
     ]
     if resolved.critic:
         rows.append(("critic updates a step", _updates(batch.critic_mini_batches, config.critic.ppo_epochs)))
-    budget = f"up to {actor.ppo_max_token_len_per_gpu} tokens"
     return rows + [
-        ("micro-batch", budget if actor.use_dynamic_bsz else f"{actor.ppo_micro_batch_size_per_gpu} samples"),
-        ("log-prob pass", f"up to {rollout.log_prob_max_token_len_per_gpu} tokens"),
+        ("micro-batch", _cut(actor, actor.ppo_max_token_len_per_gpu)),
+        ("log-prob pass", _cut(actor, rollout.log_prob_max_token_len_per_gpu)),
         ("lengths", f"prompt up to {config.data.max_prompt_length}, response up to {config.data.max_response_length}"),
     ]
+
+
+def _cut(actor: Actor, budget: int) -> str:
+    return f"up to {budget} tokens" if actor.use_dynamic_bsz else f"{actor.ppo_micro_batch_size_per_gpu} samples"
 
 
 def _updates(mini_batches: int, epochs: int) -> str:
@@ -133,7 +137,12 @@ def unused_keys(resolved: Resolved) -> list[str]:
         off += ["algorithm.norm_adv_by_std_in_grpo"]
     if not config.data.val_files:
         off += ["*.val_kwargs.*", "trainer.val_before_train", "trainer.log_val_generations", "data.val_max_samples"]
-    off += ["*.cpu_kvcache_gib", "trainer.cpu_ranks_max"] if not cpu else ["*.free_cache_engine"]
+    if cpu:
+        off += ["*.free_cache_engine", "*.enable_chunked_prefill", "*.grad_offload", "*.optimizer_offload"]
+    else:
+        off += ["*.cpu_kvcache_gib", "trainer.cpu_ranks_max"]
+    if config.trainer.executor == "local":
+        off += ["ray_kwargs.*"]
     return sorted(key for key in config.explicit if any(fnmatchcase(key, pattern) for pattern in off))
 
 

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hybridrl.config import Actor, ConfigError, Critic, Megatron, Model, PPOConfig, Ref, Rollout, SFTConfig
+from hybridrl.config import Actor, ConfigError, Critic, Model, Parallel, PPOConfig, Ref, Rollout, SFTConfig
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,9 @@ def home(path: Any) -> Any:
     return path and os.path.expanduser(path)
 
 
-def fill_megatron(megatron: Megatron, base: Megatron | None = None) -> Megatron:
+def fill_megatron(megatron: Any, base: Parallel | None = None) -> Any:
     """A role's Megatron group with what it inherits from base (the actor's, filled), or the actor's own."""
-    base = base or Megatron(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, dtype="bfloat16")
+    base = base or Parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, dtype="bfloat16")
     tp = own(megatron.tensor_model_parallel_size, base.tensor_model_parallel_size)
     inherited = None if base.tensor_model_parallel_size == 1 else base.sequence_parallel
     return replace(
@@ -278,7 +278,7 @@ def _filled_critic(config: PPOConfig, actor: Actor) -> Critic:
     )
 
 
-def _role(megatron: Megatron, ranks: int, colocated: bool) -> Role:
+def _role(megatron: Parallel, ranks: int, colocated: bool) -> Role:
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
     return Role(ranks, tp, pp, ranks // (tp * pp), megatron.sequence_parallel, megatron.dtype, colocated)
 
@@ -336,6 +336,12 @@ def _fits(resolved: Resolved) -> None:
         raise ConfigError(
             f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}: on CPU it counts ranks, and trainer.cpu_ranks_max="
             f"{trainer.cpu_ranks_max} is the most; lower the first or raise the second"
+        )
+    rollout = resolved.config.actor_rollout_ref.rollout
+    if machine.device == "cpu" and rollout.max_num_batched_tokens < rollout.max_model_len:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.max_num_batched_tokens={rollout.max_num_batched_tokens} is less than a sequence"
+            f" of {rollout.max_model_len} tokens, and vLLM on CPU takes a prompt in one step; raise it"
         )
     cluster = trainer.nnodes > 1 or resolved.config.ray_kwargs.ray_init.address or os.environ.get("RAY_ADDRESS")
     if machine.device == "cuda" and not cluster:

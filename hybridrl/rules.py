@@ -14,7 +14,10 @@ from hybridrl.resolution import fill_megatron, mini_batch_prompts, needs_critic,
 
 ARR = "actor_rollout_ref"
 TRACKERS = ("console", "file", "tensorboard")
-SAVED = ("model", "optimizer", "extra", "hf_model")
+WHOLE = ("model", "optimizer", "extra")  # what a checkpoint always holds
+
+# What roles in one process have in common: Megatron's parallel state and random number generators are one a process.
+SHARED = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "dtype", "seed")
 
 # Keys that hybridrl sets in vLLM's and Megatron's own arguments, and the keys of ours that decide them.
 _VLLM_OWN = {
@@ -259,10 +262,13 @@ def _loss(config: PPOConfig) -> Iterator[str]:
             f" loss_agg_mode=seq-mean-token-sum-norm, and {ARR}.actor.loss_agg_mode={actor.loss_agg_mode}"
         )
     saved = actor.checkpoint.save_contents
-    if wrong := [item for item in saved if item not in SAVED]:
-        yield f"{ARR}.actor.checkpoint.save_contents={wrong}: choose from {', '.join(SAVED)}"
-    elif config.trainer.save_freq > 0 and not {"model", "hf_model"} & set(saved):
-        yield f"{ARR}.actor.checkpoint.save_contents={saved} saves no weights: add model or hf_model"
+    if wrong := [item for item in saved if item not in (*WHOLE, "hf_model")]:
+        yield f"{ARR}.actor.checkpoint.save_contents={wrong}: choose from {', '.join(WHOLE)}, hf_model"
+    elif missing := [item for item in WHOLE if item not in saved]:
+        yield (
+            f"{ARR}.actor.checkpoint.save_contents={saved} lacks {', '.join(missing)}: a run goes on from whole"
+            " checkpoints only"
+        )
 
 
 def _optim(config: Any) -> Iterator[str]:
@@ -271,7 +277,7 @@ def _optim(config: Any) -> Iterator[str]:
         optim = get(config, f"{role}optim")
         if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
             yield f"{role}optim.betas={optim.betas}: two numbers, each at least 0 and below 1"
-        if optim.lr_warmup_steps > 0 and optim.lr_warmup_steps_ratio > 0:
+        if optim.lr_warmup_steps >= 0 and optim.lr_warmup_steps_ratio > 0:
             yield f"{role}optim.lr_warmup_steps and lr_warmup_steps_ratio both set the warm-up; keep one"
         if optim.min_lr > 0 and optim.lr_decay_style == "constant":
             yield (
@@ -326,7 +332,8 @@ def _parallelism(config: PPOConfig) -> Iterator[str]:
         if pool is not None:
             yield from _split(role, filled, pool, f"the {pool} ranks of trainer.placement.{short}")
             continue
-        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "dtype"):
+        set_here = [name.rsplit(".", 1)[1] for name in config.explicit if name.startswith(f"{role}.megatron.")]
+        for key in [key for key in SHARED if key in set_here]:
             if get(megatron, key) is not None and get(filled, key) != get(base, key):
                 yield (
                     f"{role}.megatron.{key}={get(filled, key)} differs from"
@@ -363,6 +370,8 @@ def _trainer(config: PPOConfig) -> Iterator[str]:
     trainer = config.trainer
     yield from _trackers(trainer.logger)
     if trainer.executor == "local":
+        if (engines := config.actor_rollout_ref.rollout.num_replicas or 1) > 1:
+            yield f"trainer.executor=local has one engine and {ARR}.rollout.num_replicas={engines}; leave one out"
         if ranks_of_actor(config) > 1:
             yield (
                 f"trainer.executor=local is one process, and trainer.n_gpus_per_node={trainer.n_gpus_per_node} x"

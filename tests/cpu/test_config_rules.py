@@ -74,7 +74,7 @@ RULES = [
     (["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.kl_coef=0"], ["use_kl_in_reward=true", "kl_coef=0"]),
     ([f"{ACTOR}.loss_scale_factor=10"], ["loss_scale_factor=10", "seq-mean-token-sum-norm"]),
     ([f"{ACTOR}.checkpoint.save_contents=[optimiser]"], ["save_contents", "optimiser", "hf_model"]),
-    ([f"{ACTOR}.checkpoint.save_contents=[extra]", "trainer.save_freq=1"], ["save_contents", "no weights"]),
+    ([f"{ACTOR}.checkpoint.save_contents=[extra]", "trainer.save_freq=1"], ["save_contents", "lacks model, optimizer"]),
     ([f"{ACTOR}.optim.betas=[0.9]"], ["optim.betas", "two numbers"]),
     (
         [f"{ACTOR}.optim.lr_warmup_steps=3", f"{ACTOR}.optim.lr_warmup_steps_ratio=0.1"],
@@ -100,6 +100,12 @@ RULES = [
             "trainer.placement.critic",
         ],
     ),
+    (["critic.megatron.seed=7"], ["critic.megatron.seed=7", f"{ACTOR}.megatron.seed=42", "trainer.placement.critic"]),
+    (
+        ["trainer.executor=local", "trainer.n_gpus_per_node=1", f"{ROLLOUT}.num_replicas=2"],
+        ["trainer.executor=local", "num_replicas=2"],
+    ),
+    ([f"{ROLLOUT}.max_num_batched_tokens=512"], ["max_num_batched_tokens=512", "1024 tokens", "CPU"]),
     (["critic.megatron.dtype=float32"], ["critic.megatron.dtype=float32", "trainer.placement.critic"]),
     (
         [f"{ACTOR}.use_kl_loss=true", "actor_rollout_ref.ref.megatron.pipeline_model_parallel_size=2"],
