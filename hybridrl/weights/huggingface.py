@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +20,10 @@ class HfReader:
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            try:
+                self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{index} is damaged ({error!r}). Mend: copy the checkpoint again.") from None
         else:
             single = self.folder / "model.safetensors"
             if not single.is_file():
@@ -28,8 +31,7 @@ class HfReader:
                     f"{folder} has neither model.safetensors nor model.safetensors.index.json. "
                     "Mend: point model.path at a Hugging Face folder with safetensors weights."
                 )
-            with safe_open(single, "pt") as opened:
-                self._file_of = dict.fromkeys(opened.keys(), single.name)
+            self._file_of = dict.fromkeys(_opened(single).keys(), single.name)
         self._open: dict[str, object] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -43,11 +45,22 @@ class HfReader:
             path = self.folder / file
             if not path.is_file():
                 raise ValueError(f"{path} is missing although the index names it. Mend: copy the checkpoint again.")
-            self._open[file] = safe_open(path, "pt")
-        return self._open[file].get_slice(name)
+            self._open[file] = _opened(path)
+        try:
+            return self._open[file].get_slice(name)
+        except SafetensorError:
+            path = self.folder / file
+            raise ValueError(f"{path} lacks {name!r}, which the index puts there. Mend: copy it again.") from None
 
     def shape(self, name: str) -> list[int]:
         return self[name].get_shape()
+
+
+def _opened(path: Path):
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}). Mend: copy the checkpoint again.") from None
 
 
 def write_shard(folder: str, tensors: dict[str, Tensor], part: int, parts: int) -> dict[str, int]:
