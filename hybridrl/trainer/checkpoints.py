@@ -43,7 +43,9 @@ def save(run_dir: str, step: int, write: Callable[[str], None], state: dict, kee
     os.rename(final.parent / f".{LATEST}", final.parent / LATEST)
     _sync_folder(final.parent)
     if keep is not None:
-        for old in sorted(steps(run_dir))[:-keep]:
+        # A run that went back to an earlier step has higher ones from before: this one stays whatever its number.
+        others = [old for old in steps(run_dir) if old != step]
+        for old in others[: max(0, len(others) + 1 - keep)]:
             shutil.rmtree(final.parent / f"global_step_{old}", ignore_errors=True)
     return final
 
@@ -58,7 +60,10 @@ def steps(run_dir: str) -> list[int]:
 
 
 def find(run_dir: str, mode: str, path: str | None) -> Path | None:
-    """The folder to resume from: None for mode disable, or auto without a checkpoint. ValueError for a bad path."""
+    """The folder to resume from: None for mode disable, or auto without a checkpoint. ValueError for a bad path.
+
+    auto takes the one saved last, which is the newest unless the run went back to an earlier step.
+    """
     if mode == "disable":
         return None
     if mode == "resume_path":
@@ -70,7 +75,12 @@ def find(run_dir: str, mode: str, path: str | None) -> Path | None:
             )
         return folder.absolute()
     found = steps(run_dir)
-    return Path(run_dir).absolute() / f"global_step_{found[-1]}" if found else None
+    if not found:
+        return None
+    pointer = Path(run_dir) / LATEST
+    last = pointer.read_text().strip() if pointer.is_file() else ""
+    step = int(last) if last.isdecimal() and int(last) in found else found[-1]
+    return Path(run_dir).absolute() / f"global_step_{step}"
 
 
 def read_state(folder: Path) -> dict:
