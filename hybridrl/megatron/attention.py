@@ -1,7 +1,7 @@
 """Causal attention over packed sequences with PyTorch's own kernels, as Megatron's core_attention.
 
-On CUDA `torch.nn.attention.varlen.varlen_attn`; on the CPU one scaled-dot-product call a sequence, so that no T x T mask
-is ever made. Legend: T packed tokens, N sequences, A local query heads, G local key/value heads, D head size.
+On CUDA `torch.nn.attention.varlen.varlen_attn`; on the CPU one scaled-dot-product call a sequence, so that no T x T
+mask is ever made. Legend: T packed tokens, N sequences, A local query heads, G local key/value heads, D head size.
 """
 
 import torch
@@ -58,4 +58,6 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int)
     group = query.shape[1] // key.shape[1]
     if group > 1:  # varlen_attn wants equal head counts
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    return varlen_attn(query.contiguous(), key.contiguous(), value.contiguous(), cu, cu, longest, longest, window_size=(-1, 0))
+    return varlen_attn(
+        query.contiguous(), key.contiguous(), value.contiguous(), cu, cu, longest, longest, window_size=(-1, 0)
+    )

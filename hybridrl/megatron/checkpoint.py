@@ -41,7 +41,9 @@ def load_rank(engine: Engine, folder: str) -> None:
     """Restores this rank. ValueError for a missing file, another split or another model."""
     path = _file(engine, folder)
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing: the checkpoint was made by fewer ranks. Mend: resume with the same split.")
+        raise ValueError(
+            f"{path} is missing: the checkpoint was made by fewer ranks. Mend: resume with the same split."
+        )
     state = torch.load(path, map_location="cpu", weights_only=True)
     mine, saved = layout_of(engine), state["layout"]
     for key in ("world", "tp", "pp", "model_type"):

@@ -20,7 +20,7 @@ def read_hf_config(path: str, trust_remote_code: bool = False):
 
 
 def layout_dims(hf_config, tp: int) -> Dims:
-    """Sizes for weights/layout.py. The vocabulary is padded to a multiple of tp; padded rows are zero and never count."""
+    """Sizes for weights/layout.py. The vocabulary is padded to a multiple of tp; padding is zero and never counts."""
     vocab = hf_config.vocab_size
     return Dims(
         heads=hf_config.num_attention_heads,

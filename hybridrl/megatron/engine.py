@@ -125,7 +125,9 @@ class Engine:
                 continue
             value = layout.from_hf(entry, reader, self.dims, self.coords.tp, self.coords.tp_rank)
             if value.shape != param.shape:
-                raise ValueError(f"{folder}: {entry.hf_names} give {tuple(value.shape)}, {name} is {tuple(param.shape)}")
+                raise ValueError(
+                    f"{folder}: {entry.hf_names} give {tuple(value.shape)}, {name} is {tuple(param.shape)}"
+                )
             param.copy_(value)
 
     @torch.no_grad()
@@ -156,9 +158,7 @@ class Engine:
             dist.gather_object(sizes, gathered, dst=dist.get_global_rank(pp_group, 0), group=pp_group)
             if self.coords.pp_rank == 0:
                 huggingface.write_index(folder, gathered)
-                huggingface.copy_side_files(
-                    self.settings.model_path, folder, self.settings.megatron.dtype, tokenizer
-                )
+                huggingface.copy_side_files(self.settings.model_path, folder, self.settings.megatron.dtype, tokenizer)
         return sum(sizes.values())
 
     # -- compute ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The two models: a policy that ends in hidden states (the log-prob op applies the head) and a critic with a value head.
+"""The models: a policy that ends in hidden states (the log-prob op applies the head) and a critic with a value head.
 
 Legend: T packed tokens, H hidden size. Under sequence parallelism hidden states come out [T / tp, 1, H].
 """
@@ -59,7 +59,9 @@ def full_hidden(hidden: Tensor, config, grads_are_partial: bool) -> Tensor:
     head); otherwise all ranks hold the same whole gradient (the value head).
     """
     if config.sequence_parallel:
-        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=grads_are_partial)
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=grads_are_partial
+        )
     elif grads_are_partial:
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
     return hidden.squeeze(1)

@@ -1,4 +1,4 @@
-"""AdamW by Megatron's optimizer (fp32 masters, sharded over data-parallel ranks if asked) and its learning-rate schedule."""
+"""AdamW by Megatron's optimizer (fp32 masters, sharded over data-parallel ranks if asked) and its schedule."""
 
 import math
 
@@ -30,7 +30,7 @@ def optimizer_config(optim: Optim, megatron: Megatron) -> OptimizerConfig:
 def schedule_settings(optim: Optim, total_steps: int) -> dict:
     """Arguments of OptimizerParamScheduler, in optimizer steps.
 
-    Megatron's scheduler divides by the length of the decay, so a warm-up as long as the run still leaves one step of it.
+    Megatron's scheduler divides by the length of the decay: a warm-up as long as the run still leaves one step of it.
     """
     warmup = optim.lr_warmup_steps if optim.lr_warmup_steps >= 0 else int(optim.lr_warmup_steps_ratio * total_steps)
     return dict(

@@ -33,7 +33,9 @@ class Coordinates:
         return self.tp_rank == 0 and self.pp_rank == self.pp - 1
 
 
-def initialize(rank: int, world: int, device: torch.device, tp: int, pp: int, seed: int, init_method: str) -> Coordinates:
+def initialize(
+    rank: int, world: int, device: torch.device, tp: int, pp: int, seed: int, init_method: str
+) -> Coordinates:
     """Joins the process group and builds Megatron's groups. Collective over all ranks of the role's pool.
 
     init_method: "tcp://host:port", "file:///path" or "env://" (torchrun). A second call in a process is an error,

@@ -1,9 +1,9 @@
 """Where Megatron-core runs: on CUDA as it is, on the CPU through the one place that patches a third party.
 
 Megatron-core names CUDA in many small ways: `torch.cuda.current_device()` as a device, `device="cuda"`, `.cuda()`,
-`Tensor.type() == "torch.cuda.FloatTensor"`, streams, CUDA's RNG. `activate("cpu")` answers each of them with the CPU, for
-the process (functions of `torch.cuda`) and for the calling thread (a `TorchFunctionMode`, which is thread-local: every
-thread that runs Megatron code must call `activate`). On CUDA it selects the device and changes nothing else.
+`Tensor.type() == "torch.cuda.FloatTensor"`, streams, CUDA's RNG. `activate("cpu")` answers each of them with the CPU,
+for the process (functions of `torch.cuda`) and for the calling thread (a `TorchFunctionMode`, which is thread-local:
+every thread that runs Megatron code must call `activate`). On CUDA it selects the device and changes nothing else.
 """
 
 import contextlib

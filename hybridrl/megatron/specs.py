@@ -1,5 +1,7 @@
-"""Which layers a model is made of: Transformer Engine's where it is installed, else Megatron's local ones with PyTorch's
-packed attention and an RMSNorm that works with sequence parallelism."""
+"""Which layers a model is made of: Transformer Engine's where it is installed, else Megatron's local ones.
+
+The local ones come with PyTorch's packed attention and an RMSNorm that works with sequence parallelism.
+"""
 
 import importlib.util
 
@@ -14,11 +16,18 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from hybridrl.megatron.attention import PackedAttention
 from hybridrl.megatron.families import Family
 
+try:
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+except ImportError:  # PyTorch's own operations serve
+    fused_rms_norm_affine = None
+
 
 class RMSNorm(torch.nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 and rounded before the weight, as transformers' Llama and
-    Qwen2 norms do. Megatron's own fallback refuses sequence parallelism; this one marks its weight for the gradient
-    all-reduce that sequence parallelism needs.
+    Qwen2 norms do; by Apex's fused kernel on CUDA where Apex is installed.
+
+    Megatron's own fallback refuses sequence parallelism; this one marks its weight for the gradient all-reduce that
+    sequence parallelism needs.
     """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
@@ -28,6 +37,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if fused_rms_norm_affine is not None and x.is_cuda:
+            return fused_rms_norm_affine(x, self.weight, self.weight.shape, self.eps)
         x32 = x.float()
         return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 

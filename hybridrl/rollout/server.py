@@ -86,7 +86,7 @@ def base_environment(settings: ServerSettings) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else each worker claims whole cores that the trainer uses too
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is not batch-invariant and can't return processed log-probs
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork copies the owner's threads and CUDA state
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",
         "SPT_NOENV": "1",  # vLLM renames its processes, which would overwrite the mark that the reaper looks for
         "HF_HUB_OFFLINE": "1",

@@ -186,8 +186,8 @@ class PPOTrainer:
         return found
 
     def _publish(self) -> dict[str, float]:
-        """TRAIN -> PUBLISH -> GENERATE: the actor's weights into the rollout engine, by way of a Hugging Face folder and
-        vLLM's own loader (the golden path)."""
+        """TRAIN -> PUBLISH -> GENERATE: the actor's weights into the rollout engine, by way of a Hugging Face folder
+        and vLLM's own loader (the golden path)."""
         fleet, rollout = self.parts.fleet, self.config.actor_rollout_ref.rollout
         sleeping = rollout.free_cache_engine and self.resolved.rollout.colocated
         with self.timer("update_weights"):
@@ -229,7 +229,9 @@ class PPOTrainer:
             if "hf_model" in contents:
                 target = os.path.join(folder, "actor", "huggingface")
                 os.makedirs(target)
-                self.parts.groups["actor"].export_hf("actor", target, self.config.actor_rollout_ref.model.tokenizer_path)
+                self.parts.groups["actor"].export_hf(
+                    "actor", target, self.config.actor_rollout_ref.model.tokenizer_path
+                )
 
         state = {
             "step": self.step,
@@ -269,7 +271,9 @@ class PPOTrainer:
         shares = work.shares[("actor", self.passes["actor"].share_name)] if work.shares else []
         found = tm.data_metrics(batch, data.max_prompt_length, data.max_response_length)
         found |= tm.timing_metrics(seconds, prompt_tokens, response_tokens)
-        step_seconds = sum(s for k, s in seconds.items() if "/" not in k and k not in ("step", "testing", "save_checkpoint"))
+        step_seconds = sum(
+            s for k, s in seconds.items() if "/" not in k and k not in ("step", "testing", "save_checkpoint")
+        )
         found |= tm.throughput_metrics(prompt_tokens + response_tokens, step_seconds, self.resolved.actor.ranks)
         if shares:
             found |= tm.seqlen_metrics(work.lengths, [share.rows for share in shares])

@@ -95,9 +95,15 @@ def passes(resolved: Resolved) -> dict[str, Pass]:
     )
     rollout_budget = "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu"
     found = {
-        "actor": Pass("actor", "actor", max_tokens=actor.ppo_max_token_len_per_gpu, max_tokens_key=_ACTOR_BUDGET, **base),
+        "actor": Pass(
+            "actor", "actor", max_tokens=actor.ppo_max_token_len_per_gpu, max_tokens_key=_ACTOR_BUDGET, **base
+        ),
         "old": Pass(
-            "actor", "actor", max_tokens=arr.rollout.log_prob_max_token_len_per_gpu, max_tokens_key=rollout_budget, **base
+            "actor",
+            "actor",
+            max_tokens=arr.rollout.log_prob_max_token_len_per_gpu,
+            max_tokens_key=rollout_budget,
+            **base,
         ),
     }
     if resolved.ref:
@@ -141,7 +147,9 @@ def actor_loss(resolved: Resolved) -> ActorLoss:
 
 def critic_loss(resolved: Resolved) -> CriticLoss:
     critic = resolved.config.critic
-    return CriticLoss(critic.cliprange_value, critic.loss_agg_mode, resolved.config.actor_rollout_ref.actor.loss_scale_factor)
+    return CriticLoss(
+        critic.cliprange_value, critic.loss_agg_mode, resolved.config.actor_rollout_ref.actor.loss_scale_factor
+    )
 
 
 def server(resolved: Resolved) -> ServerSettings:

@@ -70,6 +70,7 @@ def fit(resolved, tokenizer, train: Trajectories, val: Trajectories | None, tree
     data, trainer = config.data, config.trainer
     per_epoch = max(1, len(train) // data.train_batch_size)
     total = trainer.total_training_steps or trainer.total_epochs * per_epoch
+    every = max(1, total // 50)  # supervised steps are short: a row for each would drown the terminal
     rank = int(os.environ.get("RANK", 0))
     threads = max(1, resolved.machine.cores // role.ranks) if resolved.machine.device == "cpu" else 4
     worker = TrainWorker(rank, settings.sft_pool(config, role, resolved.machine.device, total, threads))
@@ -94,7 +95,7 @@ def fit(resolved, tokenizer, train: Trajectories, val: Trajectories | None, tree
             due = trainer.test_freq > 0 and step % trainer.test_freq == 0
             if val is not None and (due or step == total):
                 found["val/loss"] = _evaluate(worker, coords, val, cost, data)
-            if trackers:
+            if trackers and (step % every == 0 or "val/loss" in found):
                 trackers.log(found, step)
         folder = _export(worker, rank, trainer.default_local_dir, total, config.model.tokenizer_path)
     finally:
@@ -137,7 +138,7 @@ def _evaluate(worker: TrainWorker, coords, val: Trajectories, cost, data) -> flo
 def _sum_over_ranks(parts: dict[str, float], coords) -> dict[str, float]:
     """Parts lie on each data-parallel rank's collecting rank; the sum is known everywhere."""
     gathered = [None] * coords.world
-    dist.all_gather_object(gathered, parts if coords.is_collector else {k: 0.0 for k in parts})
+    dist.all_gather_object(gathered, parts if coords.is_collector else dict.fromkeys(parts, 0.0))
     return {k: sum(p[k] for p in gathered) for k in parts}
 
 

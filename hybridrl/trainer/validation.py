@@ -1,4 +1,4 @@
-"""Validation: greedy (or sampled) answers to held-out prompts, scored; verl's val-core metrics and a table of samples."""
+"""Validation: greedy (or sampled) answers to held-out prompts, scored; verl's val-core metrics and the samples."""
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,9 @@ class Validator:
         """(metrics, one row a sample: prompt, response, ground_truth, data_source, score, acc)."""
         prompts = self.dataset.table
         requests = repeat(prompts, [f"val-{i}" for i in range(prompts.num_rows)], self.n)
-        batch, failed = score(join(requests, fleet.generate(requests, self.sampling, step)), self.tokenizer, self.rewards)
+        batch, failed = score(
+            join(requests, fleet.generate(requests, self.sampling, step)), self.tokenizer, self.rewards
+        )
         scores = batch.scalars("score").astype(np.float64)
         accuracy = batch.scalars("acc").astype(np.float64) if "acc" in batch else np.full(len(batch), np.nan)
         found = validation_metrics(

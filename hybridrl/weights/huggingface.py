@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: reading slices of safetensors shards, and writing a folder that transformers and vLLM load."""
+"""Hugging Face checkpoints: slices of safetensors shards in, a folder that transformers and vLLM load out."""
 
 import json
 import os

@@ -29,7 +29,7 @@ class Dims:
 
 @dataclass(frozen=True)
 class Entry:
-    """kind: qkv | qkv_bias | gate_up | column (rows split) | row (columns split) | vocab (rows split, padded) | copy."""
+    """kind: qkv | gate_up | row (columns split) | vocab (rows split, padded) | copy."""
 
     kind: str
     hf_names: tuple[str, ...]
