@@ -1,27 +1,30 @@
 # make quickstart   install, then train a small model with PPO from end to end on this machine
 # make test         install if needed, lint, every CPU test
 SHELL := /bin/bash
-PYTHON ?= python3.11
 VENV ?= .venv
 PY := $(VENV)/bin/python
 OUT ?= runs/quickstart
+
+# Another Python's packages must not mix in. (PYTHON=... names the interpreter; launch/setup.sh finds one without it.)
+unexport PYTHONPATH PYTHONHOME
+export PYTHONNOUSERSITE := 1
 
 .PHONY: setup quickstart test lint docs clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: requirements-cpu.lock launch/setup.sh setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
-	PYTHON=$(PYTHON) bash launch/setup.sh $(VENV)
+$(VENV)/.installed: requirements-cpu.lock launch/setup.sh pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+	bash launch/setup.sh $(VENV)
 	touch $@
 
 quickstart: setup
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash launch/quickstart.sh $(OUT)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash launch/quickstart.sh $(OUT)
 
 lint: setup
 	$(PY) -m ruff check .
 
 test: lint
-	$(PY) -m pytest tests
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pytest --no-header tests
 
 docs: setup
 	$(PY) -m hybridrl.config > docs/config_keys.md
