@@ -16,6 +16,8 @@ SPLITS = {  # world, tp, pp, sequence parallelism, distributed optimizer
     "dp": (2, 1, 1, False, False),
     "dp-distributed": (2, 1, 1, False, True),
 }
+IN_BF16 = {"one": (1, 1, 1, False, False, "bfloat16"), "tp-sp": (2, 2, 1, True, False, "bfloat16"),
+           "pp": (2, 1, 2, False, False, "bfloat16"), "dp": (2, 1, 1, False, False, "bfloat16")}
 LENGTHS = [(5, 6), (9, 4), (3, 12), (7, 1), (2, 9), (11, 3)]
 MICROS = [[0, 1], [2, 5], [3, 4]]  # 24, 29 and 19 tokens: TP 2 pads two of them
 ROLES = ("policy-tied", "policy-untied", "value")
@@ -60,11 +62,12 @@ def measure_role(role: str, folder: str, coords, device, split: tuple) -> dict:
     from hybridrl.megatron.engine import Engine
     from hybridrl.megatron.losses import collect
 
-    _, tp, pp, sp, distributed = split
+    _, tp, pp, sp, distributed, *dtype = split
+    dtype = dtype[0] if dtype else "float32"
     kind = "value" if role == "value" else "policy"
     engine = Engine(
         helpers.engine_settings(
-            folder, kind, tp, pp, sp, distributed=distributed, optim={"lr": 1e-3, "clip_grad": 0.5}),
+            folder, kind, tp, pp, sp, dtype, distributed, optim={"lr": 1e-3, "clip_grad": 0.5}),
         coords, device)
     if role == "value" and engine.last:
         with torch.no_grad():
@@ -221,3 +224,58 @@ def test_values_equal_transformers_backbone_and_a_linear_head(measured, models, 
     assert found and torch.cat(values).std() > 1
     for part in found:
         torch.testing.assert_close(part, torch.cat(values), rtol=1e-5, atol=1e-4)
+
+
+def in_transformers(folder: str, role: str):
+    """(model with gradients of the loss over all samples, gradient of the value head), by plain autograd."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from hybridrl.algorithms.aggregation import Denominators
+    from hybridrl.data.packed import pack
+
+    table = helpers.samples(LENGTHS)
+    whole = pack(table, helpers.LOSS_COLUMNS)
+    model = (AutoModel if role == "value" else AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32)
+    head = torch.randn(128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = {"logprobs": [], "entropy": [], "values": []}
+    for prompt, response in zip(table.table["prompt_ids"].to_pylist(), table.table["response_ids"].to_pylist()):
+        out, rows = model(torch.tensor([prompt + response])), slice(len(prompt) - 1, -1)
+        if role == "value":
+            found["values"].append(out.last_hidden_state[0, rows] @ head)
+            continue
+        logp = torch.log_softmax(out.logits[0, rows], -1)
+        found["logprobs"].append(logp.gather(1, torch.tensor(response)[:, None]).squeeze(1))
+        found["entropy"].append(-(logp.exp() * logp).sum(-1))
+    outputs = {name: torch.cat(parts) for name, parts in found.items() if parts}
+    denom = Denominators.of(whole.response_mask, whole.cu_resp)
+    loss, metrics = loss_of(role, MODES[0])(outputs, whole, denom)
+    loss.backward()
+    prefix = "model." if role == "value" else ""
+    gradients = {prefix + name: p.grad for name, p in model.named_parameters()}
+    if role == "value":
+        gradients["value_head.weight"] = head.grad[None]
+    return {k: float(v) for k, v in metrics.items()}, gradients
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_loss_and_gradient_equal_autograd_in_transformers(measured, models, dims, role):
+    """In three micro-batches, in absolute scale: Megatron divides nothing by tokens, ranks or micro-batches."""
+    metrics, gradients = in_transformers(models["untied" if role == "policy-untied" else "tied"], role)
+    for split in ("one", "tp-sp", "dp"):
+        ranks = [r[role] for r in measured(split)]
+        assert summed(ranks, MODES[0]) == pytest.approx(metrics, rel=1e-5, abs=1e-5)
+        close(whole_tensors(ranks, lambda r: r[MODES[0]][1], dims), gradients, 1e-4)
+
+
+@pytest.mark.parametrize("split", list(IN_BF16))
+def test_bfloat16_is_near_float32(measured, models, dims, split):
+    """A gradient that is wrong rather than rounded is off by more than the 3 percent or so of bfloat16."""
+    found = helpers.run_ranks(measure, IN_BF16[split][0], models, IN_BF16[split])
+    for role in ROLES:
+        one, ranks = [measured("one")[0][role]], [r[role] for r in found]
+        expected = summed(one, MODES[0])
+        for name, value in summed(ranks, MODES[0]).items():
+            assert "clipfrac" in name or value == pytest.approx(expected[name], rel=0.05, abs=0.02), name
+        exact = whole_tensors(one, lambda r: r[MODES[0]][1], dims)
+        close(whole_tensors(ranks, lambda r: r[MODES[0]][1], dims), exact, 0.1)
+        assert ranks[0]["stats"]["grad_norm"] == pytest.approx(one[0]["stats"]["grad_norm"], rel=0.05)
