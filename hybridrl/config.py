@@ -122,11 +122,21 @@ class Parallel:
 
 
 @dataclass(frozen=True)
-class Megatron(Parallel):
+class Trained(Parallel):
+    """A model with an optimizer."""
+
     use_distributed_optimizer: bool = key(True, "Shard the optimizer's state over data-parallel ranks.")
     seed: int = key(42, "Seed of weight initialisation (value head) and of every RNG state on the ranks.")
+
+
+@dataclass(frozen=True)
+class Megatron(Trained):
+    """One that shares its GPUs with a rollout engine."""
+
     grad_offload: bool = key(False, "Free the gradient buffers while the rollout engine has the GPU.")
-    optimizer_offload: bool = key(False, "Keep the optimizer's state in host memory while it is not stepping.")
+    optimizer_offload: bool = key(
+        False, "Keep the optimizer's state in host memory while the rollout engine has the GPU."
+    )
 
 
 @dataclass(frozen=True)
@@ -376,7 +386,7 @@ class SFTConfig:
     data: SFTData = node(SFTData)
     model: Model = node(Model)
     optim: SFTOptim = node(SFTOptim)
-    megatron: Megatron = node(Megatron)
+    megatron: Trained = node(Trained)
     trainer: SFTTrainer = node(SFTTrainer)
     explicit: frozenset[str] = explicit_keys()
 

@@ -1,7 +1,7 @@
-"""Runs main_ppo's and main_sft's own code up to the edge where processes begin, and writes down all that crosses it.
+"""Runs main_ppo's and main_sft's own code up to where processes begin, and writes down all that crosses that edge.
 
-Real: loading, rules, plan, data sets, loop, batches, losses' settings, advantages, checkpoints, trackers. Stand-ins that
-record what they are told: the pools of training ranks, the rollout fleet, the reward processes, the report. What
+Real: loading, rules, plan, data sets, loop, batches, losses' settings, advantages, checkpoints, trackers. Stand-ins
+that record what they are told: the pools of training ranks, the rollout fleet, the reward processes, the report. What
 the ranks would build is taken one step further, into the arguments of Megatron's own configuration classes.
 """
 
@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hybridrl.config import ConfigError, PPOConfig, SFTConfig
-from hybridrl.configuration import build, check, detect_machine, plan_rows, resolve, tree_of
+from hybridrl.config import ConfigError, Megatron, PPOConfig, SFTConfig
+from hybridrl.configuration import build, check, detect_machine, plan_rows, resolve
 from hybridrl.data.trajectories import Trajectories
 
 
@@ -48,8 +48,6 @@ def write_inputs(folder) -> None:
     pairs = pairs.append_column("question", pa.array(["what"] * len(pairs)))
     pq.write_table(pairs, folder / "pairs.parquet")
     pq.write_table(pairs.slice(0, 20), folder / "pairs2.parquet")
-    for step in (1, 2):
-        (folder / "resumable" / f"global_step_{step}").mkdir(parents=True)
     (folder / "reward.py").write_text("def f(*a, **k):\n    return 0\n\ndef g(*a, **k):\n    return 0\n")
 
 
@@ -188,6 +186,7 @@ def engine(settings, device: str) -> list:
     if settings.optim:
         found.append(repr(optimizer_config(settings.optim, settings.megatron)))
         found.append(repr(schedule_settings(settings.optim, settings.total_steps)))
+    if isinstance(settings.megatron, Megatron) and settings.optim:
         moved, made = Recorder(), object.__new__(Engine)
         made.settings, made.device, made.model, made.optimizer = settings, torch.device(device), [moved], moved
         made.offload(True)
@@ -267,7 +266,7 @@ def _run_ppo(resolved, log: list, patch) -> None:
     patch.setattr(ray, "shutdown", lambda: None)
     patch.setattr(manager, "RewardManager", lambda **arguments: Rewards(log, **arguments))
     patch.setattr(report, "build", lambda folder: log.append("report"))
-    main_ppo.train(resolved, tree_of(resolved.config))
+    main_ppo.train(resolved, {})
 
 
 class Rank:
@@ -312,4 +311,4 @@ def _run_sft(resolved, log: list, patch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer_path, trust_remote_code=model.trust_remote_code)
     train = sft.read_pairs(data.train_files, tokenizer, data, "data.train_files")
     val = sft.read_pairs(data.val_files, tokenizer, data, "data.val_files") if data.val_files else None
-    sft.fit(resolved, tokenizer, train, val, tree_of(resolved.config))
+    sft.fit(resolved, tokenizer, train, val, {})
