@@ -212,10 +212,8 @@ def test_ray_submit_runs_main_ppo_as_a_job(cluster, tmp_path):
     with the submitting shell's NCCL settings; `ray job` status, logs and list tell of it."""
     address, head = cluster
     probe = tmp_path / "python"
-    probe.write_text(
-        '#!/bin/bash\necho "FOUND $(ls -Amd * hybridrl/_C*.so configs/ppo.yaml | tr -d "\\n")"\n'
-        'echo "HCA $NCCL_IB_HCA"\nexec python "$@"\n'
-    )
+    ask = 'echo "FOUND" * hybridrl/_C*.so configs/ppo.yaml\necho "HCA $NCCL_IB_HCA"\nexec python "$@"\n'
+    probe.write_text(f"#!/bin/bash\n{ask}")
     probe.chmod(0o755)
     submit(address, "--help", SUBMISSION_ID="help-1", NCCL_IB_HCA="it's mlx5_0", PYTHON=str(probe))
     deadline = time.monotonic() + 120
@@ -225,7 +223,7 @@ def test_ray_submit_runs_main_ppo_as_a_job(cluster, tmp_path):
     assert head.poll() is None
     logs = run("ray", "job", "logs", "--address", address, "help-1").stdout
     assert "data.train_files" in logs and "HCA it's mlx5_0" in logs
-    found = re.search("FOUND (.*)", logs)[1].split(", ")
-    assert any(re.fullmatch(r"hybridrl/_C.*\.so", name) for name in found), "the built csrc did not travel"
+    found = re.search("FOUND (.*)", logs)[1].split()
+    assert any(re.fullmatch(r"hybridrl/_C.*\.so", name) for name in found), found
     assert {"hybridrl", "configs", "setup.py"} <= set(found) and not {"tests", "docs", "build"} & set(found)
     assert "help-1" in run("ray", "job", "list", "--address", address).stdout
