@@ -69,8 +69,8 @@ class RayExecutor:
         for kind, each in bundle.items():
             if total.get(kind, 0.0) < each * self.world:
                 raise ValueError(
-                    f"pool {name!r} needs {each * self.world:.0f} {kind}s, the Ray cluster has {total.get(kind, 0):.0f}."
-                    " Mend: lower trainer.n_gpus_per_node, trainer.nnodes or trainer.placement, or add nodes."
+                    f"pool {name!r} needs {each * self.world:.0f} {kind}s, Ray has {total.get(kind, 0):.0f}. "
+                    "Mend: lower trainer.n_gpus_per_node, trainer.nnodes or trainer.placement, or add nodes."
                 )
 
     def put(self, value: Any) -> Any:
