@@ -126,7 +126,7 @@ class Trained(Parallel):
     """A model with an optimizer."""
 
     use_distributed_optimizer: bool = key(True, "Shard the optimizer's state over data-parallel ranks.")
-    seed: int = key(42, "Seed of weight initialisation (value head) and of every RNG state on the ranks.")
+    seed: int = key(42, "Seed of the random number generators on the ranks.")
 
 
 @dataclass(frozen=True)

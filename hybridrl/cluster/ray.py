@@ -1,6 +1,8 @@
 """The executor on Ray: a placement group with one bundle a rank, one actor in each."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -11,28 +13,33 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 _COMMON_ENV = {"TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
 
 
-def connect(address: str | None, num_cpus: int | None, need_cpus: int, local_gpus: int) -> bool:
-    """Joins a cluster (`address` or RAY_ADDRESS) or starts a local Ray with at least `need_cpus` CPUs.
+@contextlib.contextmanager
+def session(address: str | None, num_cpus: int | None, need_cpus: int, local_gpus: int) -> Iterator[None]:
+    """Joins a cluster (`address` or RAY_ADDRESS) or starts a local Ray with at least `need_cpus` CPUs, and leaves or
+    ends it on the way out."""
+    _connect(address or os.environ.get("RAY_ADDRESS"), num_cpus or max(os.cpu_count() or 1, need_cpus), local_gpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
-    Returns whether this call started it. The dashboard listens on loopback only; usage statistics are off. The first
-    start on a fresh machine sometimes times out: it is tried twice.
-    """
+
+def _connect(address: str | None, cpus: int, gpus: int) -> None:
+    """The dashboard listens on loopback only; usage statistics are off. The first start on a fresh machine sometimes
+    times out: it is tried twice."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = address or os.environ.get("RAY_ADDRESS")
-    common = dict(log_to_driver=False, logging_level="ERROR", configure_logging=True)
+    quiet = dict(log_to_driver=False, logging_level="ERROR")
     if address:
-        ray.init(address=address, **common)
-        return False
-    cpus = num_cpus or max(os.cpu_count() or 1, need_cpus)
+        ray.init(address=address, **quiet)
+        return
     for attempt in range(2):
         try:
-            ray.init(num_cpus=cpus, num_gpus=local_gpus, dashboard_host="127.0.0.1", **common)
-            return True
+            ray.init(num_cpus=cpus, num_gpus=gpus, dashboard_host="127.0.0.1", **quiet)
+            return
         except (ConnectionError, TimeoutError):
             ray.shutdown()
             if attempt:
                 raise
-    return True
 
 
 class RayExecutor:

@@ -74,9 +74,9 @@ class Optimizer:
             if self.clip_grad > 0:
                 self._clip(norm)
             self.inner.step_with_ready_grads()
+            self.scheduler.step(1)
         else:
             self.skipped += 1
-        self.scheduler.step(1)
         return {"grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped)}
 
     def _clip(self, norm: float) -> None:

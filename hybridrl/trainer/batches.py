@@ -34,7 +34,7 @@ class Pass:
     @property
     def share_name(self) -> str:
         """Equal for passes with the same packing on the same pool."""
-        cut = self.micro_batch_size or self.max_tokens
+        cut = f"{self.micro_batch_size} samples" if self.micro_batch_size else f"{self.max_tokens} tokens"
         return f"{self.mini_batch_prompts}x{self.epochs}/{cut}/{self.shuffle_seed}"
 
     def split(self) -> Callable:

@@ -78,19 +78,12 @@ def _executor(resolved: Resolved, name: str, pool):
     return RayExecutor(TrainWorker, pool, name, resolved.config.trainer.nnodes)
 
 
-@contextlib.contextmanager
-def _ray(resolved: Resolved) -> Iterator[None]:
-    import ray
-
-    from hybridrl.cluster.ray import connect
+def _ray(resolved: Resolved) -> contextlib.AbstractContextManager:
+    from hybridrl.cluster.ray import session
 
     init = resolved.config.ray_kwargs.ray_init
     ranks = sum(p.world for p in settings.pools(resolved, 1).values())
-    connect(init.address, init.num_cpus, ranks + resolved.rollout.replicas, resolved.machine.gpus)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    return session(init.address, init.num_cpus, ranks + resolved.rollout.replicas, resolved.machine.gpus)
 
 
 def _fleet(resolved: Resolved, actor: WorkerGroup) -> RolloutFleet:

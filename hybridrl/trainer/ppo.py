@@ -6,12 +6,14 @@ hybridrl.algorithms, what each part is given in settings.py.
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from hybridrl.algorithms import advantages, kl
+from hybridrl.config import Model
 from hybridrl.data.balance import seq_cost
 from hybridrl.data.prompts import PromptLoader
 from hybridrl.data.trajectories import Trajectories, jagged
@@ -53,7 +55,7 @@ class PPOTrainer:
         self.sampling = settings.sampling(resolved, stop_ids(tokenizer))
         self.kl_in_reward = settings.kl_in_reward(resolved)
         self.kl_ctrl = kl.make_kl_controller(**self.kl_in_reward["controller"]) if self.kl_in_reward else None
-        self.cost = cost_model(self.config.actor_rollout_ref.model.path)
+        self.cost = cost_model(self.config.actor_rollout_ref.model)
         self.step = 0
         self.weight_version = -1
 
@@ -258,9 +260,10 @@ class PPOTrainer:
         batch.write(folder / f"step_{self.step}.parquet")
 
     def _memory(self) -> dict[str, float]:
-        """The largest rank's memory under actor/perf (its process holds colocated roles too), and the driver's."""
+        """The largest rank's memory under actor/perf (colocated roles included), the driver's and the whole
+        machine's."""
         ranks = self.parts.groups["actor"].memory()
-        largest = {k: max(r[k] for r in ranks) for k in ranks[0]}
+        largest = {k: max(r[k] for r in ranks) for k in ranks[0] if k != "perf/cpu_memory_used_gb"}
         return {**{f"actor/{k}": v for k, v in largest.items()}, **memory_metrics()}
 
     def _step_metrics(self, work: StepBatches) -> dict[str, float]:
@@ -296,9 +299,9 @@ def stop_ids(tokenizer) -> tuple[int, ...]:
     return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
 
-def cost_model(model_path: str):
+def cost_model(model: Model) -> Callable[[np.ndarray], np.ndarray]:
     """Work of a sequence by its length, from the model's own sizes."""
-    hf = read_hf_config(model_path)
+    hf = read_hf_config(model.path, model.trust_remote_code)
     return lambda lengths: seq_cost(
         lengths,
         hidden_size=hf.hidden_size,

@@ -75,7 +75,7 @@ def fit(resolved, tokenizer, train: Trajectories, val: Trajectories | None, tree
     threads = max(1, resolved.machine.cores // role.ranks) if resolved.machine.device == "cpu" else 4
     worker = TrainWorker(rank, settings.sft_pool(config, role, resolved.machine.device, total, threads))
     coords = worker.setup("env://" if "WORLD_SIZE" in os.environ else worker.rendezvous())
-    cost = cost_model(config.model.path)
+    cost = cost_model(config.model)
     trackers = None
     if rank == 0:
         trackers = Trackers(
