@@ -230,5 +230,16 @@ def test_wheel(tmp_path):
     assert not missing, missing
     assert any(name.startswith("hybridrl/_C.") and name.endswith(".so") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "hybridrl/telemetry/templates/report.html.j2" in names
     code = "import sys; sys.path.insert(0, sys.argv[1]); from hybridrl import _C; print(_C.__file__)"
     assert run_python(code, str(tmp_path / "site")).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("entry", ["main_ppo", "main_sft", "main_eval"])
+def test_help_of_an_entry_point_is_light(entry):
+    code = (
+        f"from hybridrl.trainer import {entry}; help({entry}); import sys; "
+        "heavy = {'ray', 'vllm', 'torch', 'megatron'} & set(sys.modules); assert not heavy, heavy"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"python -m hybridrl.trainer.{entry}" in out or "-m hybridrl.trainer." in out
