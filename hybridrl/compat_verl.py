@@ -102,7 +102,26 @@ def _rollout_pool(name: str, value: Any, context: Context) -> dict[str, Any]:
     raise Refusal("trainer.placement.rollout=GPUS gives the rollout a pool of its own")
 
 
+def _tis_cap(name: str, value: Any, context: Context) -> dict[str, Any]:
+    """verl's older key of truncated importance sampling, a token at a time."""
+    if value in (None, -1):
+        return {}
+    keys = "algorithm.rollout_correction"
+    return {f"{keys}.rollout_is": "token", f"{keys}.rollout_is_threshold": str(value)}
+
+
+def _overlong(group: str, buffer: str = "overlong_buffer_cfg") -> dict[str, Any]:
+    """DAPO's over-long penalty as verl's versions spell it."""
+    ours = "reward.reward_kwargs.overlong_buffer_cfg"
+    moved = {f"{group}.{buffer}.{key}": Moved(f"{ours}.{key}") for key in ("enable", "len", "penalty_factor")}
+    if f"{group}.{buffer}" == ours:
+        moved = {}
+    further = {f"{group}.{buffer}.log": Honoured((ANY,)), f"{group}.max_resp_len": _same_as("data.max_response_length")}
+    return moved | further
+
+
 OFF = (False, None)
+MANAGERS = ("naive", "dapo", "gdpo")
 NEXT = "is not in hybridrl yet; leave it out"
 ARM = "actor_rollout_ref.model"
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
@@ -173,7 +192,10 @@ PPO: dict[str, Any] = {
     f"{ACTOR}.checkpoint.load_contents": _same_as(f"{ACTOR}.checkpoint.save_contents"),
     f"{ACTOR}.checkpoint.async_save": Honoured(OFF, "checkpoints are written before the next step starts"),
     f"{ACTOR}.router_replay.*": Honoured((None, "disabled", False), f"router replay {NEXT}"),
-    f"{ACTOR}.tis_imp_ratio_cap": Honoured((None, -1), f"rollout correction {NEXT}"),
+    f"{ACTOR}.tis_imp_ratio_cap": Derived(_tis_cap),
+    f"{ACTOR}.policy_loss.tau_pos": Moved(f"{ACTOR}.tau_pos"),
+    f"{ACTOR}.policy_loss.tau_neg": Moved(f"{ACTOR}.tau_neg"),
+    f"{ACTOR}.policy_loss.rollout_correction.*": Refused("set algorithm.rollout_correction.*"),
     f"{ACTOR}.policy_loss.*": Refused(f"belongs to a policy loss that {NEXT}"),
     # reference and rollout
     f"{REF}.megatron.seed": Honoured((ANY,)),  # forward only: nothing to initialise, shard or offload
@@ -245,16 +267,21 @@ PPO: dict[str, Any] = {
     "critic.checkpoint.*": Refused(f"the critic is saved as {ACTOR}.checkpoint.save_contents says"),
     "critic.ulysses_sequence_parallel_size": Honoured((1, None), "critic.megatron.sequence_parallel splits sequences"),
     # algorithm and reward
-    "algorithm.rollout_correction.bypass_mode": Honoured(OFF, f"rollout correction {NEXT}"),
-    "algorithm.rollout_correction.rollout_[ir]s": Honoured((None, False), f"rollout correction {NEXT}"),
-    "algorithm.rollout_correction.*": Honoured((ANY,)),  # thresholds, without effect while the two above are off
-    "algorithm.filter_groups.enable": Honoured(OFF, f"group filtering {NEXT}"),
-    "algorithm.filter_groups.*": Honoured((ANY,)),
+    "algorithm.rollout_correction.debug_rollout_actor_probs": Honoured(
+        OFF, f"one optimizer step a batch compares the two for nothing ({ROLLOUT}.log_ppl_check)"
+    ),
+    "algorithm.filter_groups.max_inflight_gen_batches": Honoured(
+        (1, None), "batches are generated one after the other: 1, or leave it out"
+    ),
     "algorithm.use_pf_ppo": Honoured(OFF, f"PF-PPO {NEXT}"),
     "algorithm.pf_ppo.*": Honoured((ANY,)),
     "reward.custom_reward_function.path": Moved("custom_reward_function.path"),
     "reward.custom_reward_function.name": Moved("custom_reward_function.name"),
-    "reward.reward_manager.name": Honoured(("naive",), "write a function for custom_reward_function.path"),
+    **_overlong("reward.reward_kwargs"),
+    **_overlong("reward_model.reward_kwargs"),
+    **_overlong("reward_model", "overlong_buffer"),
+    # dapo's over-long penalty has a switch of its own; gdpo's parts are read in any case
+    "reward.reward_manager.name": Honoured(MANAGERS, "write a function for custom_reward_function.path"),
     "reward.reward_manager.source": Honoured(("register", None), "write a function for custom_reward_function.path"),
     "reward.reward_model.enable": Honoured(
         OFF, f"a reward model {NEXT}; custom_reward_function.path scores by a function"
@@ -263,7 +290,7 @@ PPO: dict[str, Any] = {
     "reward.sandbox_fusion.url": Honoured((None,), f"a code sandbox {NEXT}"),
     "reward.sandbox_fusion.*": Honoured((ANY,)),
     "reward_model.enable": Honoured(OFF, f"a reward model {NEXT}; custom_reward_function.path scores by a function"),
-    "reward_model.reward_manager": Honoured(("naive",), "write a function for custom_reward_function.path"),
+    "reward_model.reward_manager": Honoured(MANAGERS, "write a function for custom_reward_function.path"),
     "reward_model.launch_reward_fn_async": Honoured((ANY,)),
     "reward_model.num_workers": Moved("reward.num_workers"),
     "reward_model.sandbox_fusion.url": Honoured((None,), f"a code sandbox {NEXT}"),
@@ -377,14 +404,21 @@ _VALUES: dict[str, dict[Any, Any]] = {
     f"{ROLLOUT}.engine_kwargs.vllm": {None: {}},
     "data.apply_chat_template_kwargs": {None: {}},
     "data.val_files": {None: []},
+    "algorithm.filter_groups.metric": {None: "seq_final_reward"},
+    "algorithm.gdpo_reward_keys": {None: []},
     f"{ROLLOUT}.dtype": {"auto": None},
 }
+
+
+_THRESHOLDS = tuple(f"algorithm.rollout_correction.rollout_{kind}_threshold" for kind in ("is", "rs"))
 
 
 def value_of(name: str, value: Any) -> Any:
     """A known key's value with verl's spelling of it replaced."""
     if isinstance(value, (list, dict)):
         return value
+    if name in _THRESHOLDS and isinstance(value, float):
+        return str(value)  # 2.0, where two bounds would be text
     return _VALUES.get(name, {}).get(value, value)
 
 

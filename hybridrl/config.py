@@ -1,4 +1,5 @@
-"""Every key hybridrl knows, its default and its meaning. The only place where a default is written.
+"""Every key hybridrl knows, its default and its meaning. The only place where a default is written, together with
+config_algorithm.py, which holds the algorithms' groups.
 
 Key names are verl's, so that its users' commands run unchanged. A field's `doc` is printed by `--help` and becomes
 docs/config_keys.md (`python -m hybridrl.config`). None means "derived": the comment says from what. The objects are
@@ -10,10 +11,10 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from hybridrl.config_algorithm import Algorithm, Kl, PolicyLoss, RewardKwargs
+from hybridrl.config_leaf import key, node
+
 LossAgg = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-Kl = Literal[
-    "kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "kl+", "k1+", "abs+", "mse+", "k2+", "low_var_kl+", "k3+"
-]
 TrainDtype = Literal["bfloat16", "float32"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -28,17 +29,6 @@ class ConfigError(ValueError):
 
     def __reduce__(self):  # pickled between processes: the default would pass the joined text for one problem
         return type(self), tuple(self.problems)
-
-
-def key(default: Any, doc: str) -> Any:
-    """A config leaf with its one-line documentation."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
-    return field(default=default, metadata={"doc": doc})
-
-
-def node(cls: type) -> Any:
-    return field(default_factory=cls)
 
 
 def explicit_keys() -> Any:
@@ -140,11 +130,6 @@ class Megatron(Trained):
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
-    loss_mode: str = key("vanilla", "Policy loss by name (hybridrl.algorithms.policy_losses).")
-
-
-@dataclass(frozen=True)
 class ActorCheckpoint:
     save_contents: list[str] = key(
         ["model", "optimizer", "extra"], "All three, always; add hf_model to export a Hugging Face folder at each save."
@@ -165,7 +150,9 @@ class Actor:
     clip_ratio: float = key(0.2, "PPO's clip range, both sides.")
     clip_ratio_low: float | None = key(None, "Lower clip range. None: clip_ratio.")
     clip_ratio_high: float | None = key(None, "Upper clip range. None: clip_ratio.")
-    clip_ratio_c: float = key(3.0, "Dual clip's bound for negative advantages.")
+    clip_ratio_c: float = key(3.0, "Dual clip's bound for negative advantages (dppo_*: the largest ratio).")
+    tau_pos: float = key(1.0, "sapo: sharpness of the gate where the advantage is positive.")
+    tau_neg: float = key(1.05, "sapo: and elsewhere.")
     loss_agg_mode: LossAgg = key("token-mean", "How token losses become one number.")
     loss_scale_factor: float | None = key(None, "Divisor of seq-mean-token-sum-norm. None: data.max_response_length.")
     entropy_coeff: float = key(0.0, "Weight of the entropy bonus.")
@@ -259,27 +246,8 @@ class Critic:
 
 
 @dataclass(frozen=True)
-class KlCtrl:
-    type: Literal["fixed", "adaptive"] = key("fixed", "Controller of the KL coefficient.")
-    kl_coef: float = key(0.001, "Coefficient (fixed) or its first value (adaptive).")
-    horizon: int = key(10000, "Samples over which the adaptive controller acts.")
-    target_kl: float = key(0.1, "What the adaptive controller steers to.")
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    adv_estimator: str = key("gae", "Advantage estimator by name (hybridrl.algorithms.advantages).")
-    gamma: float = key(1.0, "Discount.")
-    lam: float = key(1.0, "GAE's lambda.")
-    norm_adv_by_std_in_grpo: bool = key(True, "GRPO: divide by the group's standard deviation (false: Dr.GRPO).")
-    use_kl_in_reward: bool = key(False, "Subtract a KL term against the reference from each token's reward.")
-    kl_penalty: Kl = key("kl", "Its estimator.")
-    kl_ctrl: KlCtrl = node(KlCtrl)
-
-
-@dataclass(frozen=True)
 class CustomReward:
-    path: str | None = key(None, "Python file with a reward function.")
+    path: str | None = key(None, "Python file with a reward function, or its import path, package.module:function.")
     name: str = key("compute_score", "Its name: f(data_source, solution_str, ground_truth, extra_info=None).")
 
 
@@ -287,6 +255,7 @@ class CustomReward:
 class Reward:
     num_workers: int = key(8, "Processes that score responses (bounded by the machine's cores).")
     timeout: float = key(10.0, "Seconds a sample may take before it counts as failed.")
+    reward_kwargs: RewardKwargs = node(RewardKwargs)
 
 
 @dataclass(frozen=True)
@@ -432,7 +401,8 @@ def markdown() -> str:
     lines = [
         "# Configuration keys",
         "",
-        "Made by `make docs` from the dataclasses in `hybridrl/config.py`, the only place where a default is written.",
+        "Made by `make docs` from the dataclasses in `hybridrl/config.py` and `hybridrl/config_algorithm.py`, the only",
+        "place where a default is written.",
     ]
     for title, cls in (("hybridrl.trainer.main_ppo", PPOConfig), ("hybridrl.trainer.main_sft", SFTConfig)):
         lines += ["", f"## `python -m {title}`", "", "| key | default | type | meaning |", "|---|---|---|---|"]

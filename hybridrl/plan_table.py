@@ -1,7 +1,9 @@
 """The resolved plan of a run as rows for people: what will be done, on which ranks, in which sizes."""
 
 from fnmatch import fnmatchcase
+from typing import Any
 
+from hybridrl import rules_algorithm
 from hybridrl.config import Actor
 from hybridrl.resolution import Resolved, ResolvedSFT, Role
 
@@ -129,12 +131,8 @@ def unused_keys(resolved: Resolved) -> list[str]:
         off += ["algorithm.kl_ctrl.*", "algorithm.kl_penalty"]
     elif algorithm.kl_ctrl.type == "fixed":
         off += ["algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl"]
-    if algorithm.adv_estimator != "gae":
-        off += ["algorithm.lam"]
-    if algorithm.adv_estimator in ("grpo", "rloo"):
-        off += ["algorithm.gamma"]
-    if algorithm.adv_estimator != "grpo":
-        off += ["algorithm.norm_adv_by_std_in_grpo"]
+    off += [key for key, _ in rules_algorithm.unread_options(config)]
+    off += _switched_off(config)
     if not config.data.val_files:
         off += ["*.val_kwargs.*", "trainer.val_before_train", "trainer.log_val_generations", "data.val_max_samples"]
     if cpu:
@@ -144,6 +142,22 @@ def unused_keys(resolved: Resolved) -> list[str]:
     if config.trainer.executor == "local":
         off += ["ray_kwargs.*"]
     return sorted(key for key in config.explicit if any(fnmatchcase(key, pattern) for pattern in off))
+
+
+def _switched_off(config: Any) -> list[str]:
+    """Patterns of the algorithm's keys whose switch is off."""
+    keys, off = config.algorithm.rollout_correction, []
+    if not config.algorithm.filter_groups.enable:
+        off += ["algorithm.filter_groups.[!e]*"]
+    if not keys.rollout_is:
+        off += ["*.rollout_is_threshold", "*.rollout_is_batch_normalize"]
+    if not keys.rollout_rs:
+        off += ["*.rollout_rs_threshold"]
+    if not keys.bypass_mode:
+        off += ["*.rollout_correction.loss_type"]
+    if not config.reward.reward_kwargs.overlong_buffer_cfg.enable:
+        off += ["*.overlong_buffer_cfg.len", "*.overlong_buffer_cfg.penalty_factor"]
+    return off
 
 
 def _sft_rows(resolved: ResolvedSFT) -> list[tuple[str, str]]:

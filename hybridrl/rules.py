@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from hybridrl import rules_algorithm
 from hybridrl.config import ConfigError, PPOConfig, SFTConfig, leaves
-from hybridrl.resolution import fill_megatron, mini_batch_prompts, needs_critic, needs_reference, own, ranks_of_actor
+from hybridrl.resolution import fill_megatron, mini_batch_prompts, needs_reference, own, ranks_of_actor
 
 ARR = "actor_rollout_ref"
 TRACKERS = ("console", "file", "tensorboard")
@@ -77,6 +78,13 @@ _BOUNDS: list[tuple[str, tuple[Callable[[Any], bool], str]]] = [
     ("algorithm.gamma", _SHARE),
     ("algorithm.lam", _SHARE),
     ("*.clip_ratio_low", _SHARE),
+    ("*.tau_*", _POSITIVE),
+    ("*.clip_cov_ratio", _NUCLEUS),
+    ("*.kl_cov_ratio", _NUCLEUS),
+    ("*.ppo_kl_coef", _NOT_NEGATIVE),
+    ("*.dro_beta", _POSITIVE),
+    ("*.max_num_gen_batches", _NOT_NEGATIVE),
+    ("*.penalty_factor", _POSITIVE),
     ("*.clip_ratio_c", (lambda value: value > 1, "above 1 (usually 3)")),
     ("*.clip_ratio*", _NOT_NEGATIVE),
     ("*.kl_loss_coef", _NOT_NEGATIVE),
@@ -95,7 +103,7 @@ _BOUNDS: list[tuple[str, tuple[Callable[[Any], bool], str]]] = [
     ("*.timeout", _POSITIVE),
     ("*.cpu_kvcache_gib", _POSITIVE),
 ]
-_FREE_FLOATS = ("*.entropy_coeff", "*.betas")
+_FREE_FLOATS = ("*.entropy_coeff", "*.betas", "*.clip_cov_[lu]b")
 
 
 def check(config: PPOConfig | SFTConfig) -> None:
@@ -204,43 +212,9 @@ def _lengths(config: PPOConfig) -> Iterator[str]:
         )
 
 
-def _algorithm(config: PPOConfig) -> Iterator[str]:
-    from hybridrl.algorithms import advantages, policy_losses
-
-    name, n, critic = config.algorithm.adv_estimator, config.actor_rollout_ref.rollout.n, config.critic.enable
-    loss = config.actor_rollout_ref.actor.policy_loss.loss_mode
-    if loss not in policy_losses.names():
-        yield f"{ARR}.actor.policy_loss.loss_mode={loss}: must be one of {', '.join(policy_losses.names())}"
-    if name not in advantages.names():
-        yield f"algorithm.adv_estimator={name}: must be one of {', '.join(advantages.names())}"
-        return
-    if name in ("grpo", "rloo") and n == 1:
-        yield (
-            f"algorithm.adv_estimator={name} compares a prompt's samples and {ARR}.rollout.n=1: set {ARR}.rollout.n to"
-            " 2 or more"
-        )
-    if needs_critic(config) and critic is False:
-        yield (
-            f"critic.enable=false and algorithm.adv_estimator={name}, which needs values; choose grpo or rloo, or leave"
-            " it out"
-        )
-    if critic and not needs_critic(config):
-        yield (
-            f"critic.enable=true and algorithm.adv_estimator={name}, which reads no values; choose gae, or leave"
-            " critic.enable out"
-        )
-    if config.trainer.critic_warmup and not _with_critic(config):
-        yield (
-            f"trainer.critic_warmup={config.trainer.critic_warmup} and there is no critic"
-            f" (algorithm.adv_estimator={name})"
-        )
-
-
 def _with_critic(config: PPOConfig) -> bool:
-    from hybridrl.algorithms import advantages
-
-    known = config.algorithm.adv_estimator in advantages.names()
-    return bool(own(config.critic.enable, known and needs_critic(config)))
+    found = rules_algorithm.find_estimator(config)
+    return bool(own(config.critic.enable, found is not None and "values" in found.needs))
 
 
 def _loss(config: PPOConfig) -> Iterator[str]:
@@ -412,5 +386,5 @@ def _sft(config: SFTConfig) -> Iterator[str]:
     yield from _overrides("megatron", config.megatron)
 
 
-_PPO_RULES = (_data, _batches, _lengths, _algorithm, _loss, _optim, _sampling, _parallelism, _trainer)
+_PPO_RULES = (_data, _batches, _lengths, *rules_algorithm.RULES, _loss, _optim, _sampling, _parallelism, _trainer)
 _SFT_RULES = (_sft, _optim)

@@ -46,7 +46,7 @@ class Corrected:
 
 
 def is_bounds(threshold: str) -> tuple[float | None, float]:
-    """(lower or None, upper) of rollout_is_threshold. ValueError: not "C" with C >= 1, nor "lo_hi" with 0 < lo <= hi."""
+    """(lower or None, upper) of rollout_is_threshold. ValueError: neither "C" with C >= 1 nor "lo_hi", 0 < lo <= hi."""
     key = f"{KEY}.rollout_is_threshold={threshold}"
     lower, upper = _numbers(threshold, key)
     if lower is None and upper < 1:
@@ -221,7 +221,7 @@ def correct_live(
     cu_resp: torch.Tensor,
     denom: Denominators,
 ) -> tuple[torch.Tensor | None, torch.Tensor, dict[str, torch.Tensor]]:
-    """Bypass mode, in the loss: (weights [R] or None, mask [R], metrics as parts of the mini-batch's means over tokens).
+    """Bypass mode, in the loss: (weights [R] or None, mask [R], metrics as parts of the mini-batch's token means).
 
     logprobs are the current policy's. Denominators stay the mini-batch's, rejected tokens included: how many will be
     rejected is known only after every micro-batch's forward. No gradient flows into weights or mask.

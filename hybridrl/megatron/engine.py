@@ -163,8 +163,12 @@ class Engine:
 
     # -- compute ---------------------------------------------------------------------------------------------------
 
-    def run(self, packs: list[PackedBatch], loss_fn: LossFunction, train: bool) -> list[dict[str, torch.Tensor]]:
+    def run(
+        self, packs: list[PackedBatch], loss_fn: LossFunction, train: bool, squares: bool = False
+    ) -> list[dict[str, torch.Tensor]]:
         """Forward (and with `train` backward) over micro-batches; returns loss_fn's metrics a micro-batch.
+
+        The policy's head gives loss_fn `logprobs` and `entropy`, with `squares` also `sum_pi_squared`; all [R].
 
         The list is empty on all but the last pipeline stage. Gradients accumulate until `step`. Collective over the
         model-parallel group; with `train` also over data-parallel ranks at the end.
@@ -174,7 +178,7 @@ class Engine:
         if train:
             self.model[0].zero_grad_buffer()
             self.optimizer.zero_grad()
-        head = self._values if self.settings.role == "value" else self._logprobs
+        head = self._values if self.settings.role == "value" else functools.partial(self._logprobs, squares)
 
         def forward_step(data: Iterator[PackedBatch], model):
             pack = next(data).to(self.device)
@@ -199,14 +203,14 @@ class Engine:
                 forward_only=not train,
             )
 
-    def _logprobs(self, hidden: torch.Tensor, pack: PackedBatch) -> dict[str, torch.Tensor]:
+    def _logprobs(self, squares: bool, hidden: torch.Tensor, pack: PackedBatch) -> dict[str, torch.Tensor]:
         rows = full_hidden(hidden, self.config, grads_are_partial=True).index_select(0, pack.response_rows)
         weight = self.module.head_weight
         shard = logprob.VocabShard(
             self.coords.tp_rank * weight.shape[0], self.dims.vocab, mpu.get_tensor_model_parallel_group()
         )
-        values, entropy = logprob.from_hidden(rows, weight, pack.targets, self.settings.temperature, shard)
-        return {"logprobs": values, "entropy": entropy}
+        outputs = logprob.from_hidden(rows, weight, pack.targets, self.settings.temperature, shard, squares)
+        return dict(zip(("logprobs", "entropy", "sum_pi_squared"), outputs, strict=False))
 
     def _values(self, hidden: torch.Tensor, pack: PackedBatch) -> dict[str, torch.Tensor]:
         rows = full_hidden(hidden, self.config, grads_are_partial=False).index_select(0, pack.response_rows)

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from hybridrl.algorithms.aggregation import Denominators, aggregate
+from hybridrl.algorithms.correction import Correction, correct_live
 from hybridrl.algorithms.kl import kl_penalty
-from hybridrl.algorithms.policy_losses import PolicyLossInputs, policy_loss
+from hybridrl.algorithms.policy_losses import LossOptions, PolicyLossInputs, policy_loss
 from hybridrl.algorithms.value_loss import value_loss
 from hybridrl.data.packed import PackedBatch
 
 
 @dataclass(frozen=True)
 class ActorLoss:
-    """The policy objective: loss_mode, its clip ranges, aggregation, entropy bonus and KL term."""
+    """The policy objective: loss_mode, its clip ranges, aggregation, entropy bonus and KL term.
+
+    columns: what the policy loss reads beside advantages and old log-probs. bypass: rollout correction by the current
+    policy, where old_logprobs are the rollout engine's.
+    """
 
     loss_mode: str
     loss_agg_mode: str
@@ -29,27 +34,37 @@ class ActorLoss:
     kl_loss_coef: float
     kl_loss_type: str
     loss_scale_factor: float | None
+    options: LossOptions = LossOptions()
+    columns: tuple[str, ...] = ()
+    bypass: Correction | None = None
 
     def __call__(self, out: dict[str, Tensor], pack: PackedBatch, denom: Denominators):
         """Loss and metrics of one micro-batch. Without an old_logprobs column the batch is exactly on-policy: the ratio
         is 1 and old log-probs are this forward's own."""
         logprobs, mask, cu = out["logprobs"], pack.response_mask, pack.cu_resp
         old = pack.columns.get("old_logprobs", logprobs.detach())
+        weights, kept, corrected = pack.columns.get("rollout_is_weights"), mask, {}
+        if self.bypass:
+            weights, kept, corrected = correct_live(self.bypass, logprobs, old, mask, cu, denom)
         loss, metrics = policy_loss(
             self.loss_mode,
             PolicyLossInputs(
                 logprobs=logprobs,
                 old_logprobs=old,
                 advantages=pack.columns["advantages"],
-                response_mask=mask,
+                response_mask=kept,
                 cu_resp=cu,
                 denom=denom,
                 mode=self.loss_agg_mode,
                 clip_ratio_low=self.clip_ratio_low,
                 clip_ratio_high=self.clip_ratio_high,
                 clip_ratio_c=self.clip_ratio_c,
+                rollout_is_weights=weights,
+                selected=pack.columns.get("selected"),
+                options=self.options,
             ),
         )
+        metrics |= corrected
         metrics["actor/pg_loss"] = loss.detach()
         metrics["actor/entropy"] = _token_mean(out["entropy"], pack, denom)
         if self.entropy_coeff != 0.0:

@@ -33,9 +33,12 @@ class VocabShard:
 
 
 def from_hidden(
-    hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, temperature: float, shard: VocabShard
-) -> tuple[Tensor, Tensor]:
+    hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, temperature: float, shard: VocabShard,
+    squares: bool = False,
+) -> tuple[Tensor, ...]:
     """(logprob [R] fp32, entropy [R] fp32) of `targets_R` (int64, global token ids), both differentiable.
+
+    With `squares` a third: sum_j p_j^2 over the vocabulary, [R] fp32, not differentiable.
 
     Collective over shard.group in forward. The gradient to `hidden_RH` is this shard's part only: the caller sums over
     the group (Megatron's copy/gather regions do). ValueError for a shape or a temperature that makes no sense.
@@ -46,7 +49,8 @@ def from_hidden(
         raise ValueError(f"logprob: {targets_R.shape[0]} targets for {hidden_RH.shape[0]} hidden states")
     if not temperature > 0:
         raise ValueError(f"logprob: temperature must be positive, got {temperature}")
-    return _LogProb.apply(hidden_RH, weight_VH, targets_R, float(temperature), shard)
+    outputs = _LogProb.apply(hidden_RH, weight_VH, targets_R, float(temperature), shard, squares)
+    return outputs if squares else outputs[:2]
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float, shard: VocabShard) -> Tensor:
@@ -69,10 +73,11 @@ def _local_targets(targets: Tensor, rows: int, shard: VocabShard) -> tuple[Tenso
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, shard):
+    def forward(ctx, hidden, weight, targets, temperature, shard, squares):
         count = hidden.shape[0]
         logprob = torch.empty(count, dtype=torch.float32, device=hidden.device)
         entropy, tops, log_sums = (torch.empty_like(logprob) for _ in range(3))
+        collisions = torch.empty_like(logprob) if squares else None
         for a in range(0, count, CHUNK_TOKENS):
             part = slice(a, min(a + CHUNK_TOKENS, count))
             logits = _chunk_logits(hidden[part], weight, temperature, shard)
@@ -88,12 +93,16 @@ class _LogProb(torch.autograd.Function):
             tops[part], log_sums[part] = top, sums[0].log()
             logprob[part] = sums[2] - log_sums[part]
             entropy[part] = log_sums[part] - sums[1] / sums[0]
+            if squares:
+                collisions[part] = shard.reduce(exp.square_().sum(dim=1)) / sums[0].square()
         ctx.save_for_backward(hidden, weight, targets, tops, log_sums, entropy)
         ctx.temperature, ctx.shard = temperature, shard
-        return logprob, entropy
+        if squares:
+            ctx.mark_non_differentiable(collisions)
+        return logprob, entropy, collisions
 
     @staticmethod
-    def backward(ctx, grad_logprob, grad_entropy):
+    def backward(ctx, grad_logprob, grad_entropy, _):
         hidden, weight, targets, tops, log_sums, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -111,7 +120,7 @@ class _LogProb(torch.autograd.Function):
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[part] = torch.matmul(grad, weight)
             grad_weight.add_(torch.matmul(grad.t(), hidden[part]))
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def reference(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

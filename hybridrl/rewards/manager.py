@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hybridrl.algorithms import by_path
 from hybridrl.rewards import worker
 from hybridrl.rewards.registry import check_source
 
@@ -80,7 +81,9 @@ class RewardManager:
         if not timeout_s > 0:
             raise ValueError(f"reward.timeout_s={timeout_s}: must be above 0 seconds")
         self.timeout_s = timeout_s
-        self._custom = (str(Path(custom_path).expanduser().absolute()) if custom_path else None, custom_name)
+        if custom_path and not by_path.is_path(custom_path):
+            custom_path = str(Path(custom_path).expanduser().absolute())
+        self._custom = (custom_path, custom_name)
         self._lock = threading.Lock()
         self._lost = 0  # workers lost in a row while starting
         self._workers: list[_Worker] = []

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
+from hybridrl.algorithms import by_path
+
 MODULES = {
     "openai/gsm8k": "hybridrl.rewards.gsm8k",
     "DigitalLearningGmbH/MATH-lighteval": "hybridrl.rewards.math",
@@ -29,11 +31,13 @@ def find(data_source: str) -> Callable:
 
 
 def load_custom(path: str, name: str) -> Callable:
-    """The function `name` from the Python file `path`.
+    """The function `name` from the Python file `path`, or the function that `path` names as package.module:function.
 
     ValueError naming the key and the mend when the file is missing or does not import, or the function is missing or
     cannot be called as verl's compute_score(data_source, solution_str, ground_truth, extra_info).
     """
+    if by_path.is_path(path):
+        return _checked(by_path.load(path, "custom_reward_function.path"), path.split(":")[1], path)
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"custom_reward_function.path: no such file: {file}. Correct the path.")
@@ -49,6 +53,11 @@ def load_custom(path: str, name: str) -> Callable:
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"custom_reward_function.name: {file} has no function {name!r}. Define it, or name another.")
+    return _checked(function, name, file)
+
+
+def _checked(function: Callable, name: str, file: str | Path) -> Callable:
+    """The function, if it can be called as a reward."""
     try:
         inspect.signature(function).bind(data_source="", solution_str="", ground_truth="", extra_info={})
     except TypeError as error:

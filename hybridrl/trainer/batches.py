@@ -68,6 +68,7 @@ class StepBatches:
         self.offsets = np.concatenate([[0], np.cumsum(batch.lengths("response_ids"))])
         self.shares: dict[tuple[str, str], list[Share]] = {}
         self._held: dict[tuple[str, str], set[str]] = {}
+        self._mask_replaced = False
 
     def load(self, p: Pass) -> list[Share]:
         """Sends the pass's shares to its pool unless they are there."""
@@ -91,14 +92,19 @@ class StepBatches:
             self.shares[at], self._held[at] = shares, set()
         return self.shares[at]
 
-    def compute(self, p: Pass, output: str, column: str) -> np.ndarray:
-        """Runs a forward pass and adds its result to the batch; returns it flat, [R] float32."""
+    def compute(self, p: Pass, columns: dict[str, str]) -> None:
+        """Runs a forward pass and adds its outputs to the batch; `columns`: the column's name -> the output's."""
         shares = self.load(p)
-        parts = self.groups[p.pool].compute(p.share_name, p.role, output, column)
-        values = self._merge(shares, parts)
-        self._held[(p.pool, p.share_name)].add(column)
-        self.batch = self.batch.with_columns(**{column: jagged(values, self.offsets)})
-        return values
+        parts = self.groups[p.pool].compute(p.share_name, p.role, columns)
+        for column in columns:
+            values = self._merge(shares, [part[column] for part in parts])
+            self._held[(p.pool, p.share_name)].add(column)
+            self.batch = self.batch.with_columns(**{column: jagged(values, self.offsets)})
+
+    def replace_mask(self, mask: np.ndarray) -> None:
+        """A new response_mask [R], which every pool gets before its next update."""
+        self.batch = self.batch.with_columns(response_mask=jagged(mask.astype(np.int8), self.offsets))
+        self._mask_replaced = True
 
     def update(self, p: Pass, loss, columns: list[str]) -> tuple[dict[str, float], np.ndarray]:
         """Optimizer steps; `columns` of the batch are sent along where the ranks don't have them.
@@ -106,6 +112,7 @@ class StepBatches:
         Returns the metrics (means over the optimizer steps) and the log-probs of the update's own forward, flat.
         """
         shares, at = self.load(p), (p.pool, p.share_name)
+        columns = [*columns, "response_mask"] if self._mask_replaced else columns
         missing = [c for c in columns if c not in self._held[at]]
         if missing:
             self.groups[p.pool].attach(p.share_name, Shares(self._columns(share, missing) for share in shares))

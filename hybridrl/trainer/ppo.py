@@ -9,10 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from hybridrl.algorithms import advantages, kl
+from hybridrl.algorithms import kl
 from hybridrl.config import Model
 from hybridrl.data.balance import seq_cost
 from hybridrl.data.prompts import PromptLoader
@@ -24,10 +21,10 @@ from hybridrl.rewards.manager import RewardManager
 from hybridrl.telemetry import metrics as tm
 from hybridrl.telemetry.phases import PhaseTimer, memory_metrics
 from hybridrl.telemetry.trackers import Trackers
-from hybridrl.trainer import checkpoints, settings
+from hybridrl.trainer import checkpoints, settings, signals
 from hybridrl.trainer.batches import StepBatches
 from hybridrl.trainer.cluster_setup import Parts
-from hybridrl.trainer.samples import join, repeat, score
+from hybridrl.trainer.generation import Generation
 from hybridrl.trainer.validation import Validator
 
 
@@ -52,7 +49,9 @@ class PPOTrainer:
         self.passes = settings.passes(resolved)
         self.actor_loss = settings.actor_loss(resolved)
         self.critic_loss = settings.critic_loss(resolved) if resolved.critic else None
-        self.sampling = settings.sampling(resolved, stop_ids(tokenizer))
+        self.old_logprobs = settings.old_logprobs(resolved)
+        generation = settings.generation(resolved, stop_ids(tokenizer))
+        self.generation = Generation(generation, loader, parts.fleet, tokenizer, rewards, self.timer)
         self.kl_in_reward = settings.kl_in_reward(resolved)
         self.kl_ctrl = kl.make_kl_controller(**self.kl_in_reward["controller"]) if self.kl_in_reward else None
         self.cost = cost_model(self.config.actor_rollout_ref.model)
@@ -90,7 +89,7 @@ class PPOTrainer:
             self._trainer_on()
             self._forward_passes(work)
             with self.timer("adv"):
-                found |= self._advantages(work)
+                found |= self._signals(work)
             found |= self._updates(work)
             found |= self._memory()
             work.release()
@@ -105,16 +104,8 @@ class PPOTrainer:
 
     def _rollout(self) -> tuple[Trajectories, dict[str, float]]:
         """Prompts, responses and scores of this step."""
-        n = self.config.actor_rollout_ref.rollout.n
-        with self.timer("gen"):
-            prompts, epoch = self.loader.next()
-            uids = [f"{self.step}-{i}" for i in range(prompts.num_rows)]
-            requests = repeat(prompts, uids, n)
-            responses = self.parts.fleet.generate(requests, self.sampling, self.step)
-            batch = join(requests, responses)
-        with self.timer("reward"):
-            batch, found = score(batch, self.tokenizer, self.rewards)
-        return batch, found | {"training/global_step": self.step, "training/epoch": epoch}
+        batch, found = self.generation.step(self.step)
+        return batch, found | {"training/global_step": self.step}
 
     def _trainer_on(self) -> None:
         """GENERATE -> TRAIN: the rollout engine lets go of the GPU, the trainer takes its state back."""
@@ -125,47 +116,28 @@ class PPOTrainer:
             group.offload(False)
 
     def _forward_passes(self, work: StepBatches) -> None:
-        """Old log-probs (unless the one update is exactly on-policy and nothing else needs them), reference, values."""
-        plan = self.resolved.batch
-        on_policy = plan.actor_optimizer_steps == 1 and not self.kl_in_reward
-        if not on_policy:
+        """Old log-probs (from where settings.old_logprobs says), reference, values."""
+        if self.old_logprobs == "rollout":
+            work.batch = work.batch.with_columns(old_logprobs=work.batch.table["rollout_logprobs"])
+        elif self.old_logprobs == "pass":
             with self.timer("old_log_prob"):
-                work.compute(self.passes["old"], "logprobs", "old_logprobs")
+                work.compute(self.passes["old"], settings.old_outputs(self.resolved))
         if self.resolved.ref:
             with self.timer("ref"):
-                work.compute(self.passes["ref"], "logprobs", "ref_logprobs")
+                work.compute(self.passes["ref"], {"ref_logprobs": "logprobs"})
         if self.resolved.critic:
             with self.timer("values"):
-                work.compute(self.passes["critic"], "values", "values")
+                work.compute(self.passes["critic"], {"values": "values"})
 
-    def _advantages(self, work: StepBatches) -> dict[str, float]:
-        """Token rewards (score at the last token, minus KL if asked), advantages and returns, added to the batch."""
-        batch, found = work.batch, {}
-        mask = torch.from_numpy(batch.flat("response_mask")[0].astype(np.float32))
-        cu = torch.from_numpy(work.offsets.astype(np.int32))
-        scores = torch.from_numpy(batch.scalars("score").astype(np.float32))
-        rewards = advantages.place_scores(scores, mask, cu)
-        if self.kl_in_reward:
-            old, ref = (torch.from_numpy(batch.flat(c)[0].copy()) for c in ("old_logprobs", "ref_logprobs"))
-            rewards, mean_kl = kl.penalize_rewards(
-                rewards, old, ref, mask, cu, self.kl_in_reward["kind"], self.kl_ctrl.value
-            )
-            found = {"actor/reward_kl_penalty": mean_kl, "actor/reward_kl_penalty_coeff": self.kl_ctrl.value}
-            self.kl_ctrl.update(mean_kl, len(batch))
-        values = torch.from_numpy(batch.flat("values")[0].copy()) if "values" in batch else None
-        groups = torch.from_numpy(np.unique(batch.scalars("uid").astype(str), return_inverse=True)[1])
-        arguments = settings.advantages(self.resolved)
-        inputs = advantages.AdvantageInputs(
-            token_rewards=rewards,
-            response_mask=mask,
-            cu_resp=cu,
-            group_ids=groups,
-            values=values,
-            **{k: v for k, v in arguments.items() if k != "name"},
-        )
-        adv, returns = advantages.compute(arguments["name"], inputs)
-        columns = {"token_rewards": rewards, "advantages": adv, "returns": returns}
-        work.batch = batch.with_columns(**{k: jagged(v.numpy(), work.offsets) for k, v in columns.items()})
+    def _signals(self, work: StepBatches) -> dict[str, float]:
+        """Rollout correction, advantages and returns, and what else the loss reads, added to the batch."""
+        found = {}
+        corrected = settings.correction(self.resolved)
+        if corrected and self.old_logprobs != "rollout":
+            found |= signals.correct_rollouts(work, corrected)
+        found |= signals.estimate(work, settings.advantages(self.resolved), self.kl_in_reward, self.kl_ctrl)
+        if selection := settings.selection(self.resolved):
+            signals.select_tokens(work, selection)
         return found
 
     def _updates(self, work: StepBatches) -> dict[str, float]:
@@ -176,12 +148,14 @@ class PPOTrainer:
                 found |= {k if "/" in k else f"critic/{k}": v for k, v in stats.items()}
         if self.step > self.config.trainer.critic_warmup:
             with self.timer("update_actor"):
-                columns = ["advantages"]
+                columns = ["advantages", *self.actor_loss.columns]
                 columns += ["old_logprobs"] if "old_logprobs" in work.batch else []
                 columns += ["ref_logprobs"] if self.actor_loss.use_kl_loss else []
                 stats, own = work.update(self.passes["actor"], self.actor_loss, columns)
                 found |= {k if "/" in k else f"actor/{k}": v for k, v in stats.items()}
-            if "old_logprobs" not in work.batch:  # the update's own forward stands for them
+            one_step = self.resolved.batch.actor_optimizer_steps == 1
+            if self.old_logprobs == "update" or (self.old_logprobs == "rollout" and one_step):
+                # The update's own forward is the old policy's, and what the rollout's log-probs are compared with.
                 work.batch = work.batch.with_columns(old_logprobs=jagged(own, work.offsets))
         if self.actor_loss.use_kl_loss:
             found["actor/kl_coef"] = self.actor_loss.kl_loss_coef
@@ -280,7 +254,9 @@ class PPOTrainer:
         found |= tm.throughput_metrics(prompt_tokens + response_tokens, step_seconds, self.resolved.actor.ranks)
         if shares:
             found |= tm.seqlen_metrics(work.lengths, [share.rows for share in shares])
-        if self.config.actor_rollout_ref.rollout.log_ppl_check and "old_logprobs" in batch:
+        # In bypass mode with several optimizer steps nothing is known of the trainer's policy before the update.
+        comparable = self.old_logprobs != "rollout" or self.resolved.batch.actor_optimizer_steps == 1
+        if self.config.actor_rollout_ref.rollout.log_ppl_check and "old_logprobs" in batch and comparable:
             found |= tm.rollout_mismatch_metrics(
                 batch.flat("old_logprobs")[0],
                 batch.flat("rollout_logprobs")[0],

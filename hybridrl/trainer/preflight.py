@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hybridrl.algorithms import by_path
 from hybridrl.config import ConfigError, SFTConfig
 from hybridrl.resolution import Resolved, ResolvedSFT, Role
 
@@ -235,7 +236,7 @@ def _columns(config: Any, keys: tuple[str, ...]) -> Iterator[str]:
 
 def _ppo_files(config: Any) -> Iterator[str]:
     custom, trainer = config.custom_reward_function.path, config.trainer
-    if custom is not None and not Path(custom).is_file():
+    if custom is not None and not by_path.is_path(custom) and not Path(custom).is_file():
         yield f"custom_reward_function.path={custom}: there is no such file"
     if trainer.resume_mode == "resume_path" and not Path(trainer.resume_from_path).is_dir():
         yield f"trainer.resume_from_path={trainer.resume_from_path}: there is no such folder"

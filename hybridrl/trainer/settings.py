@@ -4,6 +4,12 @@ One function a consumer. Nothing else reads the configuration tree on their beha
 changes nothing (tests/cpu/test_config_liveness.py).
 """
 
+from dataclasses import replace
+from typing import Literal
+
+from hybridrl.algorithms import advantages as estimators
+from hybridrl.algorithms import policy_losses
+from hybridrl.algorithms.correction import Correction
 from hybridrl.config import Data, SFTConfig
 from hybridrl.megatron.engine import EngineSettings
 from hybridrl.megatron.losses import ActorLoss, CriticLoss
@@ -11,6 +17,7 @@ from hybridrl.resolution import Resolved, Role
 from hybridrl.rollout.sampling import SamplingSettings
 from hybridrl.rollout.server import ServerSettings
 from hybridrl.trainer.batches import Pass
+from hybridrl.trainer.generation import GenerationSettings, GroupFilter, Overlong
 from hybridrl.trainer.worker import PoolSettings
 
 _ACTOR_BUDGET = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
@@ -129,10 +136,22 @@ def passes(resolved: Resolved) -> dict[str, Pass]:
     return found
 
 
+def loss_mode(resolved: Resolved) -> str:
+    """The policy loss: loss_mode, or what rollout correction's bypass mode puts in its place."""
+    if bypass(resolved):
+        loss_type = resolved.config.algorithm.rollout_correction.loss_type
+        return {"ppo_clip": "vanilla", "reinforce": "reinforce"}[loss_type]
+    return resolved.config.actor_rollout_ref.actor.policy_loss.loss_mode
+
+
 def actor_loss(resolved: Resolved) -> ActorLoss:
     actor = resolved.config.actor_rollout_ref.actor
+    columns = sorted(policy_losses.find(loss_mode(resolved)).needs)
+    corrected = correction(resolved)
+    if corrected and corrected.rollout_is and not bypass(resolved):
+        columns.append("rollout_is_weights")
     return ActorLoss(
-        loss_mode=actor.policy_loss.loss_mode,
+        loss_mode=loss_mode(resolved),
         loss_agg_mode=actor.loss_agg_mode,
         clip_ratio_low=actor.clip_ratio_low,
         clip_ratio_high=actor.clip_ratio_high,
@@ -142,6 +161,86 @@ def actor_loss(resolved: Resolved) -> ActorLoss:
         kl_loss_coef=actor.kl_loss_coef,
         kl_loss_type=actor.kl_loss_type,
         loss_scale_factor=actor.loss_scale_factor,
+        options=policy_losses.LossOptions(
+            tau_pos=actor.tau_pos,
+            tau_neg=actor.tau_neg,
+            ppo_kl_coef=actor.policy_loss.ppo_kl_coef,
+            dro_beta=actor.policy_loss.dro_beta,
+        ),
+        columns=tuple(columns),
+        bypass=corrected if bypass(resolved) else None,
+    )
+
+
+def bypass(resolved: Resolved) -> bool:
+    """Whether the rollout's log-probs stand for the old ones."""
+    return resolved.config.algorithm.rollout_correction.bypass_mode
+
+
+def correction(resolved: Resolved) -> Correction | None:
+    """Rollout correction, None where neither weights nor rejection are asked for."""
+    keys = resolved.config.algorithm.rollout_correction
+    if not keys.rollout_is and not keys.rollout_rs:
+        return None
+    return Correction(
+        keys.rollout_is,
+        keys.rollout_is_threshold,
+        keys.rollout_is_batch_normalize,
+        keys.rollout_rs,
+        keys.rollout_rs_threshold,
+    )
+
+
+def old_logprobs(resolved: Resolved) -> Literal["rollout", "pass", "update"]:
+    """Where old log-probs come from: the rollout engine (bypass), a forward pass, or, when the one update is exactly
+    on-policy and nothing needs them earlier, the update's own forward."""
+    if bypass(resolved):
+        return "rollout"
+    needed = (
+        resolved.config.algorithm.use_kl_in_reward
+        or correction(resolved)
+        or estimators.find(resolved.config.algorithm.adv_estimator).needs & {"old_logprobs", "sum_pi_squared"}
+        or policy_losses.find(loss_mode(resolved)).needs
+    )
+    return "pass" if needed or resolved.batch.actor_optimizer_steps > 1 else "update"
+
+
+def old_outputs(resolved: Resolved) -> dict[str, str]:
+    """Columns of the old-log-prob pass and the head's outputs that fill them."""
+    columns = {"old_logprobs": "logprobs"}
+    if "sum_pi_squared" in estimators.find(resolved.config.algorithm.adv_estimator).needs:
+        columns["sum_pi_squared"] = "sum_pi_squared"
+    return columns
+
+
+def selection(resolved: Resolved) -> dict | None:
+    """How clip_cov or kl_cov select tokens; None for other losses."""
+    keys, seed = resolved.config.actor_rollout_ref.actor.policy_loss, resolved.config.actor_rollout_ref.rollout.seed
+    if "selected" not in policy_losses.find(loss_mode(resolved)).needs:
+        return None
+    if loss_mode(resolved) == "clip_cov":
+        return dict(ratio=keys.clip_cov_ratio, lower=keys.clip_cov_lb, upper=keys.clip_cov_ub, seed=seed)
+    return dict(ratio=keys.kl_cov_ratio, seed=seed)
+
+
+def generation(resolved: Resolved, stop_token_ids: tuple[int, ...]) -> GenerationSettings:
+    """How a step's samples are made."""
+    config = resolved.config
+    groups, overlong = config.algorithm.filter_groups, config.reward.reward_kwargs.overlong_buffer_cfg
+    drawn = sampling(resolved, stop_token_ids)
+    return GenerationSettings(
+        n=config.actor_rollout_ref.rollout.n,
+        prompts=config.data.train_batch_size,
+        sampling=drawn,
+        greedy=replace(drawn, temperature=0.0, top_p=1.0, top_k=-1)
+        if "reward_baselines" in estimators.find(config.algorithm.adv_estimator).needs
+        else None,
+        overlong=Overlong(config.data.max_response_length, overlong.len, overlong.penalty_factor)
+        if overlong.enable
+        else None,
+        group_filter=GroupFilter(groups.metric, groups.max_num_gen_batches)
+        if groups.enable
+        else None,
     )
 
 
@@ -226,11 +325,14 @@ def loader(data: Data) -> dict:
 def advantages(resolved: Resolved) -> dict:
     """Arguments of algorithms.advantages.compute beside the tensors."""
     algorithm = resolved.config.algorithm
+    keys = algorithm.gdpo_reward_keys if algorithm.adv_estimator == "gdpo" else []
     return dict(
         name=algorithm.adv_estimator,
-        gamma=algorithm.gamma,
-        lam=algorithm.lam,
-        norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
+        options=dict(
+            gamma=algorithm.gamma, lam=algorithm.lam, norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo
+        ),
+        reward_keys=keys,
+        reward_weights=algorithm.gdpo_reward_weights or [1.0] * len(keys),
     )
 
 

@@ -45,12 +45,16 @@ class _Step:
     packs: list[list[list[PackedBatch]]] = field(default_factory=list)  # [epoch][mini][micro]
 
     def attach(self, name: str, values: np.ndarray, offsets: np.ndarray) -> None:
-        """Adds a per-token column (jagged over the share's rows) to every pack."""
+        """Adds a per-token column (jagged over the share's rows) to every pack; response_mask replaces the mask."""
         for minis, packs in zip(self.share.epochs, self.packs, strict=True):
             for micros, mini_packs in zip(minis, packs, strict=True):
                 for rows, batch in zip(micros, mini_packs, strict=True):
                     flat = np.concatenate([values[offsets[r] : offsets[r + 1]] for r in rows])
-                    batch.columns[name] = torch.from_numpy(flat.astype(np.float32)).to(batch.targets.device)
+                    column = torch.from_numpy(flat.astype(np.float32)).to(batch.targets.device)
+                    if name == "response_mask":
+                        batch.response_mask = column
+                    else:
+                        batch.columns[name] = column
 
 
 class TrainWorker:
@@ -111,20 +115,22 @@ class TrainWorker:
     # -- phases ----------------------------------------------------------------------------------------------------
 
     @dispatch("dp")
-    def compute(self, name: str, role: str, output: str, column: str) -> np.ndarray:
-        """Forward only: the head's `output` (logprobs or values) of every response token of the share `name`, flat in
-        the order of its rows; kept with the packs under `column`."""
+    def compute(self, name: str, role: str, columns: dict[str, str]) -> dict[str, np.ndarray]:
+        """Forward only: the head's outputs (logprobs, sum_pi_squared or values) of every response token of the share
+        `name`, flat in the order of its rows; kept with the packs. `columns`: the column's name -> the output."""
         step = self.steps[name]
         packs = [batch for mini in step.packs[0] for batch in mini]
-        parts = self.engines[role].run(packs, losses.collect, train=False)
+        squares = "sum_pi_squared" in columns.values()
+        parts = self.engines[role].run(packs, losses.collect, train=False, squares=squares)
         rows = [row for mini in step.share.epochs[0] for micro in mini for row in micro]
         offsets = np.concatenate([[0], np.cumsum(step.table.lengths("response_ids"))])
-        values = np.zeros(offsets[-1], np.float32)
+        found = {column: np.zeros(offsets[-1], np.float32) for column in columns}
         if parts:  # the last pipeline stage
-            flat = torch.cat([part[output] for part in parts]).float().cpu().numpy()
-            values[np.concatenate([np.arange(offsets[r], offsets[r + 1]) for r in rows])] = flat
-            step.attach(column, values, offsets)
-        return values
+            place = np.concatenate([np.arange(offsets[r], offsets[r + 1]) for r in rows])
+            for column, output in columns.items():
+                found[column][place] = torch.cat([part[output] for part in parts]).float().cpu().numpy()
+                step.attach(column, found[column], offsets)
+        return found
 
     @dispatch("dp")
     def update(

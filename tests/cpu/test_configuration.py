@@ -229,7 +229,8 @@ def test_broken_yaml(tmp_path):
 NONE_IS_AN_ANSWER = {
     f"{ACTOR}.ppo_micro_batch_size_per_gpu", "custom_reward_function.path", "ray_kwargs.ray_init.num_cpus",
     "ray_kwargs.ray_init.address", "trainer.total_training_steps", "trainer.max_actor_ckpt_to_keep",
-    "trainer.resume_from_path", "trainer.placement.critic", "trainer.placement.ref", "trainer.placement.rollout",
+    "algorithm.gdpo_reward_weights", "algorithm.rollout_correction.rollout_is", "algorithm.rollout_correction.rollout_rs",
+    "algorithm.rollout_correction.rollout_rs_threshold", "trainer.resume_from_path", "trainer.placement.critic", "trainer.placement.ref", "trainer.placement.rollout",
 }  # fmt: skip
 
 
@@ -314,7 +315,7 @@ def test_plan_table():
 
 
 def test_keys_that_a_run_does_not_need_are_said():
-    run = resolved(*GRPO, f"{ACTOR}.kl_loss_coef=0.1", "critic.optim.lr=1", "algorithm.lam=0.9", "critic.enable=false")
+    run = resolved(*GRPO, f"{ACTOR}.kl_loss_coef=0.1", "critic.optim.lr=1", "algorithm.lam=1.0", "critic.enable=false")
     assert unused_keys(run) == [f"{ACTOR}.kl_loss_coef", "algorithm.lam", "critic.optim.lr"]
     assert dict(plan_rows(run))["set, not used in this run"].startswith(f"{ACTOR}.kl_loss_coef")
     assert unused_keys(resolved(base=SEED)) == []

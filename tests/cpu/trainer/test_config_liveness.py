@@ -29,6 +29,19 @@ OWN_CRITIC = {"trainer.placement.critic": 2}
 OWN_REF = KL_LOSS | {"trainer.placement.ref": 2}
 ON_GPU = {"machine": GPU}
 NORM = {f"{ACTOR}.loss_agg_mode": "seq-mean-token-sum-norm"}
+LOSS, CORRECTION = f"{ACTOR}.policy_loss", "algorithm.rollout_correction"
+SAPO = {f"{LOSS}.loss_mode": "sapo"}
+CLIP_COV = {
+    f"{LOSS}.loss_mode": "clip_cov", f"{LOSS}.clip_cov_lb": -9.0, f"{LOSS}.clip_cov_ub": 9.0, f"{LOSS}.clip_cov_ratio": 1.0
+}  # fmt: skip
+KL_COV = {f"{LOSS}.loss_mode": "kl_cov"}
+GDPO = {"algorithm.adv_estimator": "gdpo", "algorithm.gdpo_reward_keys": ["acc", "score"]}
+FILTER = {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.metric": "acc"}
+WEIGHTS = {f"{CORRECTION}.rollout_is": "token"}
+REJECTION = {f"{CORRECTION}.rollout_rs": "token_k1", f"{CORRECTION}.rollout_rs_threshold": "1.05"}
+BYPASS = {f"{CORRECTION}.bypass_mode": True}
+BUFFER = "reward.reward_kwargs.overlong_buffer_cfg"
+OVERLONG = {f"{BUFFER}.enable": True, f"{BUFFER}.len": 7}
 
 # Leaf -> another value, or (another value, what else must be set for the key to matter). Leaves that are not here get
 # a value by their type and the plain run.
@@ -103,6 +116,28 @@ PPO_CASES = {
     "algorithm.kl_ctrl.kl_coef": (0.5, KL_REWARD),
     "algorithm.kl_ctrl.horizon": (10, ADAPTIVE),
     "algorithm.kl_ctrl.target_kl": (0.499, ADAPTIVE | {"algorithm.kl_ctrl.target_kl": 0.41}),
+    f"{ACTOR}.tau_pos": (3.0, SAPO),
+    f"{ACTOR}.tau_neg": (3.0, SAPO),
+    f"{LOSS}.clip_cov_ratio": (0.1, CLIP_COV),
+    f"{LOSS}.clip_cov_lb": (0.0, CLIP_COV),
+    f"{LOSS}.clip_cov_ub": (0.05, CLIP_COV),
+    f"{LOSS}.kl_cov_ratio": (0.5, KL_COV),
+    f"{LOSS}.ppo_kl_coef": (0.5, KL_COV),
+    f"{LOSS}.dro_beta": (0.5, {f"{LOSS}.loss_mode": "dro"}),
+    "algorithm.gdpo_reward_keys": (["score", "acc"], GDPO | {"algorithm.gdpo_reward_weights": [1.0, 2.0]}),
+    "algorithm.gdpo_reward_weights": ([1.0, 3.0], GDPO),
+    "algorithm.filter_groups.metric": ("acc", {"algorithm.filter_groups.enable": True}),
+    "algorithm.filter_groups.max_num_gen_batches": (1, FILTER),
+    "algorithm.filter_groups.enable": (True, FILTER | {"algorithm.filter_groups.enable": False}),
+    f"{CORRECTION}.rollout_is": "token",
+    f"{CORRECTION}.rollout_is_threshold": ("1.01", WEIGHTS),
+    f"{CORRECTION}.rollout_is_batch_normalize": (True, WEIGHTS),
+    f"{CORRECTION}.rollout_rs": (None, REJECTION),
+    f"{CORRECTION}.rollout_rs_threshold": ("1.2", REJECTION),
+    f"{CORRECTION}.loss_type": ("reinforce", BYPASS),
+    f"{BUFFER}.enable": (True, {f"{BUFFER}.len": 7}),
+    f"{BUFFER}.len": (6, OVERLONG),
+    f"{BUFFER}.penalty_factor": (2.0, OVERLONG),
     "custom_reward_function.path": "{place}/reward.py",
     "custom_reward_function.name": ("g", {"custom_reward_function.path": "{place}/reward.py"}),
     "reward.num_workers": 1,
