@@ -53,6 +53,7 @@ _SOURCES = {
     "values": "the critic's values: enable the critic (critic.enable)",
     "reward_baselines": "the scores of greedy rollouts",
     "reward_components": "algorithm.gdpo_reward_keys",
+    "reward_weights": "algorithm.gdpo_reward_weights, one a key",
     "old_logprobs": "the trainer's log-probs",
     "sum_pi_squared": "sums of squared probabilities from the trainer's log-prob pass",
 }

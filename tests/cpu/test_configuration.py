@@ -229,8 +229,9 @@ def test_broken_yaml(tmp_path):
 NONE_IS_AN_ANSWER = {
     f"{ACTOR}.ppo_micro_batch_size_per_gpu", "custom_reward_function.path", "ray_kwargs.ray_init.num_cpus",
     "ray_kwargs.ray_init.address", "trainer.total_training_steps", "trainer.max_actor_ckpt_to_keep",
-    "algorithm.gdpo_reward_weights", "algorithm.rollout_correction.rollout_is", "algorithm.rollout_correction.rollout_rs",
-    "algorithm.rollout_correction.rollout_rs_threshold", "trainer.resume_from_path", "trainer.placement.critic", "trainer.placement.ref", "trainer.placement.rollout",
+    "trainer.resume_from_path", "trainer.placement.critic", "trainer.placement.ref", "trainer.placement.rollout",
+    "algorithm.gdpo_reward_weights", "algorithm.rollout_correction.rollout_is",
+    "algorithm.rollout_correction.rollout_rs", "algorithm.rollout_correction.rollout_rs_threshold",
 }  # fmt: skip
 
 

@@ -137,10 +137,12 @@ def test_masked_garbage_reaches_nothing():
 
 
 def test_errors():
-    assert names() == ["vanilla"]
+    assert set(names()) == {
+        "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo"
+    }  # fmt: skip
     old, new, adv, mask, cu = batch()
     inputs = PolicyLossInputs(new, old, adv, mask, cu, Denominators.of(mask, cu))
-    with pytest.raises(ValueError, match="loss_mode 'ppo': it must be one of vanilla"):
+    with pytest.raises(ValueError, match="loss_mode 'ppo': it must be one of cispo, clip_cov"):
         policy_loss("ppo", inputs)
     with pytest.raises(ValueError, match="clip_ratio_c=1.0"):
         policy_loss("vanilla", PolicyLossInputs(**(vars(inputs) | {"clip_ratio_c": 1.0})))

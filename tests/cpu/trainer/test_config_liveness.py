@@ -32,8 +32,11 @@ NORM = {f"{ACTOR}.loss_agg_mode": "seq-mean-token-sum-norm"}
 LOSS, CORRECTION = f"{ACTOR}.policy_loss", "algorithm.rollout_correction"
 SAPO = {f"{LOSS}.loss_mode": "sapo"}
 CLIP_COV = {
-    f"{LOSS}.loss_mode": "clip_cov", f"{LOSS}.clip_cov_lb": -9.0, f"{LOSS}.clip_cov_ub": 9.0, f"{LOSS}.clip_cov_ratio": 1.0
-}  # fmt: skip
+    f"{LOSS}.loss_mode": "clip_cov",
+    f"{LOSS}.clip_cov_lb": -9.0,
+    f"{LOSS}.clip_cov_ub": 9.0,
+    f"{LOSS}.clip_cov_ratio": 1.0,
+}
 KL_COV = {f"{LOSS}.loss_mode": "kl_cov"}
 GDPO = {"algorithm.adv_estimator": "gdpo", "algorithm.gdpo_reward_keys": ["acc", "score"]}
 FILTER = {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.metric": "acc"}
