@@ -10,6 +10,9 @@ CPU, NODE = Machine("cpu", 0, 2, 24.0), Machine("cuda", 8, 64, 512.0)
 BASE = ["data.train_files=train.parquet", "actor_rollout_ref.model.path=/model", "trainer.n_gpus_per_node=2"]
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 GRPO = ["algorithm.adv_estimator=grpo", f"{ROLLOUT}.n=4"]
+GDPO = ["algorithm.adv_estimator=gdpo", "algorithm.gdpo_reward_keys=[acc]", f"{ROLLOUT}.n=4"]
+LOSS, CORRECTION = f"{ACTOR}.policy_loss.loss_mode", "algorithm.rollout_correction"
+BUFFER = "reward.reward_kwargs.overlong_buffer_cfg"
 
 
 def resolved(*words, machine=CPU):
@@ -28,6 +31,50 @@ def problems(*words, machine=CPU):
 
 RULES = [
     (["data.train_files=[]"], ["data.train_files"]),
+    ([*GRPO, "algorithm.lam=0.9"], ["algorithm.lam=0.9", "algorithm.adv_estimator=grpo"]),
+    (["algorithm.norm_adv_by_std_in_grpo=false"], ["norm_adv_by_std_in_grpo=False", "adv_estimator=gae"]),
+    ([*GRPO, "algorithm.gdpo_reward_keys=[a]"], ["gdpo_reward_keys", "adv_estimator=grpo"]),
+    (["algorithm.adv_estimator=opo"], ["algorithm.adv_estimator=opo", f"{ROLLOUT}.n=1"]),
+    ([*GDPO, "algorithm.gdpo_reward_keys=[]"], ["needs algorithm.gdpo_reward_keys"]),
+    ([*GDPO, "algorithm.gdpo_reward_weights=[1,2]"], ["gdpo_reward_weights=[1.0, 2.0]", "one weight for each"]),
+    ([*GDPO, "algorithm.use_kl_in_reward=true"], ["algorithm.use_kl_in_reward", "adv_estimator=gdpo"]),
+    ([*GDPO, f"{BUFFER}.enable=true"], [f"{BUFFER}.enable", "adv_estimator=gdpo"]),
+    (["algorithm.adv_estimator=no.such:thing"], ["algorithm.adv_estimator=no.such:thing", "does not import"]),
+    (["algorithm.adv_estimator=math:nothing"], ["algorithm.adv_estimator=math:nothing", "no function 'nothing'"]),
+    ([f"{LOSS}=no.such:thing"], [f"{LOSS}=no.such:thing", "does not import"]),
+    ([f"{LOSS}=gspo", f"{ACTOR}.clip_ratio_c=10"], ["clip_ratio_c=10", f"{LOSS}=gspo"]),
+    ([f"{LOSS}=gpg", f"{ACTOR}.clip_ratio=0.3"], ["clip_ratio=0.3", f"{LOSS}=gpg"]),
+    ([f"{ACTOR}.tau_pos=2"], ["tau_pos=2", f"{LOSS}=vanilla"]),
+    ([f"{ACTOR}.policy_loss.kl_cov_ratio=0.1"], ["kl_cov_ratio=0.1", f"{LOSS}=vanilla"]),
+    ([f"{LOSS}=gspo", f"{ACTOR}.loss_agg_mode=token-sum"], ["loss_agg_mode=token-sum", "seq-mean-token-mean"]),
+    ([f"{LOSS}=clip_cov", f"{ACTOR}.policy_loss.clip_cov_lb=7"], ["clip_cov_lb=7", "clip_cov_ub=5"]),
+    ([f"{LOSS}=bypass_mode"], ["rollout_correction.bypass_mode=true"]),
+    ([f"{LOSS}=gspo", f"{CORRECTION}.bypass_mode=true"], [f"{LOSS}=gspo", "bypass_mode=true"]),
+    (
+        [f"{CORRECTION}.bypass_mode=true", f"{CORRECTION}.loss_type=reinforce", f"{ACTOR}.clip_ratio_high=0.3"],
+        ["clip_ratio_high=0.3", "loss_type=reinforce"],
+    ),
+    ([f"{CORRECTION}.bypass_mode=true", f"{CORRECTION}.rollout_is=token"], ["rollout_is=token", "loss_type=ppo_clip"]),
+    (
+        [
+            f"{CORRECTION}.bypass_mode=true", f"{CORRECTION}.loss_type=reinforce", f"{CORRECTION}.rollout_is=token",
+            f"{CORRECTION}.rollout_is_batch_normalize=true",
+        ],
+        ["rollout_is_batch_normalize=true"],
+    ),  # fmt: skip
+    (
+        [f"{CORRECTION}.bypass_mode=true", f"{ROLLOUT}.n=2", "algorithm.adv_estimator=optimal_token_baseline"],
+        ["bypass_mode=true", "sum_pi_squared"],
+    ),
+    ([f"{CORRECTION}.rollout_is=token", f"{CORRECTION}.rollout_is_threshold=0.5_5"], ["threshold=0.55", "quoted"]),
+    ([f"{CORRECTION}.rollout_rs=token_k1"], ["rollout_rs=token_k1", "rollout_rs_threshold"]),
+    ([f"{CORRECTION}.rollout_rs=token", f"{CORRECTION}.rollout_rs_threshold=1"], ["rollout_rs=token", "token_k1"]),
+    (["algorithm.filter_groups.enable=true"], ["filter_groups.enable=true", f"{ROLLOUT}.n=1"]),
+    (
+        [*GRPO, "algorithm.filter_groups.enable=true", "algorithm.use_kl_in_reward=true"],
+        ["metric=seq_final_reward", "use_kl_in_reward"],
+    ),
+    ([f"{BUFFER}.enable=true", f"{BUFFER}.len=600"], [f"{BUFFER}.len=600", "data.max_response_length=512"]),
     (["actor_rollout_ref.model.path=''"], ["actor_rollout_ref.model.path"]),
     (["data.train_batch_size=0"], ["data.train_batch_size=0", "positive"]),
     (["data.train_max_samples=-2"], ["data.train_max_samples=-2", "-1"]),

@@ -169,9 +169,9 @@ def test_the_loss_of_the_page_works(monkeypatch):
     logprobs = torch.tensor([-1.0, -2, -3, -4, -5], requires_grad=True)
     adv = torch.tensor([1.0, 1, -1, 9, -1])
     inputs = policy_losses.PolicyLossInputs(logprobs, logprobs.detach(), adv, mask, cu, Denominators.of(mask, cu))
-    loss, metrics = policy_losses.policy_loss("reinforce", inputs)
+    loss, metrics = policy_losses.policy_loss("squared_ratio", inputs)
     loss.backward()
-    assert loss.item() == pytest.approx((1 + 2 - 3 - 5) / 4) == metrics["actor/reinforce_loss"].item()
+    assert loss.item() == pytest.approx((1 + 2 - 3 - 5) / 4) and metrics["actor/squared_log_ratio"] == 0
     assert logprobs.grad.tolist() == [-0.25, -0.25, 0.25, 0.0, 0.25]
 
 

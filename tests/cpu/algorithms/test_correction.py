@@ -10,7 +10,15 @@ from test_losses import batch, pieces
 
 from hybridrl.algorithms import covariance, dapo
 from hybridrl.algorithms.aggregation import Denominators
-from hybridrl.algorithms.correction import RS_OPTIONS, Correction, correct, correct_live, is_bounds, rs_bounds, statistic
+from hybridrl.algorithms.correction import (
+    RS_OPTIONS,
+    Correction,
+    correct,
+    correct_live,
+    is_bounds,
+    rs_bounds,
+    statistic,
+)
 
 
 def case(spread=0.4):
@@ -75,7 +83,8 @@ def test_statistics(name):
 def test_rejection_of_tokens_and_sequences():
     logprobs, rollout, mask, cu = case()
     _, parts = differences(logprobs, rollout, mask, cu)
-    found = correct(Correction(None, "2.0", False, "token_k1,seq_mean_k2", "0.7_1.25,0.02"), logprobs, rollout, mask, cu)
+    settings = Correction(None, "2.0", False, "token_k1,seq_mean_k2", "0.7_1.25,0.02")
+    found = correct(settings, logprobs, rollout, mask, cu)
     kept = by_sequence(found.mask.tolist(), mask.tolist(), cu)
     for part, values in zip(parts, kept):
         sequence = sum(d * d / 2 for d in part) / max(len(part), 1) <= 0.02

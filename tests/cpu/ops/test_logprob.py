@@ -236,3 +236,19 @@ def test_vocabulary_over_two_ranks():
         expected = with_gradients(logprob.from_hidden, hidden, weight, targets, temperature, VocabShard(0, vocab))
         for a, b in zip(joined, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_sum_of_squared_probabilities(monkeypatch):
+    """Over chunks, with padding; the other outputs and gradients stay what they are without it."""
+    hidden, weight, targets = problem(20)
+    monkeypatch.setattr(logprob, "CHUNK_TOKENS", 7)
+    padded = torch.cat([weight, torch.full((5, HIDDEN), 1e4)])
+    found = []
+    for squares in (False, True):
+        h = hidden.clone().requires_grad_()
+        values, entropy, *rest = logprob.from_hidden(h, padded, targets, 0.8, VocabShard(0, VOCAB), squares)
+        (values.sum() + entropy.sum()).backward()
+        found.append((values.detach(), entropy.detach(), h.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and not rest[0].requires_grad
+    want = torch.softmax(hidden.double() @ weight.double().t() / 0.8, dim=1).square().sum(dim=1)
+    torch.testing.assert_close(rest[0].double(), want, rtol=1e-5, atol=1e-7)

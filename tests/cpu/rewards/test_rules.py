@@ -81,3 +81,12 @@ def test_custom_function_loads(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="must end in .py"):
         registry.load_custom(str(tmp_path / "mine.txt"), "score")
+
+
+def test_custom_function_by_import_path(tmp_path, monkeypatch):
+    text = "def score(data_source, solution_str, ground_truth, **rest): return 0.5"
+    (tmp_path / "module_of_mine.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert registry.load_custom("module_of_mine:score", "ignored")("a", "b", "c", extra_info={}) == 0.5
+    with pytest.raises(ValueError, match="custom_reward_function.path=module_of_mine:other.*no function 'other'"):
+        registry.load_custom("module_of_mine:other", "ignored")

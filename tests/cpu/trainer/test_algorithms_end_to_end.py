@@ -13,7 +13,8 @@ REWARD = """
 def digits(data_source, solution_str, ground_truth, extra_info=None):
     share = sum(c.isdigit() for c in solution_str) / max(len(solution_str), 1)
     odd = sum(map(ord, solution_str)) % 2
-    return {"score": share, "acc": float(odd) if int(ground_truth) % 2 == 0 else 0.0, "short": 1 / (1 + len(solution_str))}
+    acc = float(odd) if int(ground_truth) % 2 == 0 else 0.0
+    return {"score": share, "acc": acc, "short": 1 / (1 + len(solution_str))}
 """
 LOCAL = ["trainer.executor=local", "trainer.n_gpus_per_node=1", "trainer.val_before_train=false", "data.val_files=[]"]
 
