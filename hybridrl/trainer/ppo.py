@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from hybridrl.algorithms import kl
 from hybridrl.config import Model
 from hybridrl.data.balance import seq_cost
