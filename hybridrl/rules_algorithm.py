@@ -135,9 +135,12 @@ def losses(config: PPOConfig) -> Iterator[str]:
         yield f"{LOSS}=bypass_mode: set {CORRECTION}.bypass_mode=true and leave loss_mode out"
         return
     try:
-        policy_losses.find(name)
+        found = policy_losses.find(name)
     except ValueError as error:
         yield str(error).replace(f"unknown {LOSS} {name!r}", f"{LOSS}={name}")
+        return
+    if found.hidden:
+        yield f"{LOSS}={name} belongs to {CORRECTION}.loss_type={name} with bypass_mode=true; else gpg is the same"
         return
     if bypass and name != "vanilla":
         yield (

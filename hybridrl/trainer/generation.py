@@ -107,23 +107,23 @@ class Generation:
             batch, numbers = score(batch, self.tokenizer, self.rewards)
         if over := self.settings.overlong:
             penalty = dapo.overlong_penalty(batch.lengths("response_ids"), over.max_length, over.buffer, over.factor)
-            batch = batch.with_columns(overlong_reward=penalty, score=batch.scalars("score") + penalty)
+            raw = batch.scalars("score")
+            batch = batch.with_columns(overlong_reward=penalty, raw_score=raw, score=raw + penalty)
         return batch, numbers
 
     def _informative(self, batch: Trajectories) -> Trajectories:
         if not self.settings.group_filter:
             return batch
         metric = self.settings.group_filter.metric
-        column = "score" if metric in ("score", "seq_reward", "seq_final_reward") else metric
+        raw = "raw_score" if self.settings.overlong else "score"
+        column = {"score": raw, "seq_reward": "score", "seq_final_reward": "score"}.get(metric, metric)
         if column not in batch:
             raise ValueError(
                 f"{FILTER}.metric={metric}: the reward function returns no number of that name beside score; name one"
                 " that it does, or seq_final_reward"
             )
-        values = batch.scalars(column).astype(np.float64)
-        if metric == "score" and self.settings.overlong:
-            values = values - batch.scalars("overlong_reward")
-        return batch.take(np.flatnonzero(dapo.informative(values, batch.scalars("uid").astype(str))))
+        kept = dapo.informative(batch.scalars(column), batch.scalars("uid").astype(str))
+        return batch.take(np.flatnonzero(kept))
 
     def _check(self, batches: int, barren: int, kept: int) -> None:
         if not self.settings.group_filter:

@@ -49,6 +49,7 @@ RULES = [
     ([f"{LOSS}=gspo", f"{ACTOR}.loss_agg_mode=token-sum"], ["loss_agg_mode=token-sum", "seq-mean-token-mean"]),
     ([f"{LOSS}=clip_cov", f"{ACTOR}.policy_loss.clip_cov_lb=7"], ["clip_cov_lb=7", "clip_cov_ub=5"]),
     ([f"{LOSS}=bypass_mode"], ["rollout_correction.bypass_mode=true"]),
+    ([f"{LOSS}=reinforce"], [f"{LOSS}=reinforce", "loss_type", "gpg"]),
     ([f"{LOSS}=gspo", f"{CORRECTION}.bypass_mode=true"], [f"{LOSS}=gspo", "bypass_mode=true"]),
     (
         [f"{CORRECTION}.bypass_mode=true", f"{CORRECTION}.loss_type=reinforce", f"{ACTOR}.clip_ratio_high=0.3"],
