@@ -79,7 +79,7 @@ class Pool:
 
     def compute(self, name, role, columns):
         self.note("compute", name, role, columns)
-        ends = {"old_logprobs": (-0.8, -0.5), "ref_logprobs": (-0.7, -0.7), "values": (0.3, 0.3)}
+        ends = {"old_logprobs": (-1.0, 0.0), "ref_logprobs": (-0.9, -0.9), "values": (0.3, 0.3)}
         sizes = [int(t.lengths("response_ids").sum()) for t in self.held[name]]
         return [{c: np.linspace(*ends[c], size, dtype=np.float32) for c in columns} for size in sizes]
 
