@@ -40,7 +40,7 @@ def transformer_config(hf_config, megatron: Megatron, device: torch.device) -> T
     arrive with global denominators. Fusions that go through torch.compile or CUDA-only extensions are off on the CPU.
     """
     family, dtype, tp = family_of(hf_config), DTYPES[megatron.dtype], megatron.tensor_model_parallel_size
-    cuda = device.type == "cuda"
+    cuda, virtual = device.type == "cuda", megatron.virtual_pipeline_model_parallel_size
     settings = dict(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -65,6 +65,7 @@ def transformer_config(hf_config, megatron: Megatron, device: torch.device) -> T
         apply_rope_fusion=False,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual and virtual > 1 else None,
         sequence_parallel=bool(megatron.sequence_parallel) and tp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
