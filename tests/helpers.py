@@ -160,3 +160,40 @@ def checkpoint_tensors(folder: str) -> dict:
         if name.endswith(".safetensors"):
             found.update(load_file(os.path.join(folder, name)))
     return found
+
+
+def shards_of(engine, value) -> list:
+    """(names in a Hugging Face checkpoint, kind, tensor) of each parameter; `value` picks what of it."""
+    found = []
+    for name, param, entry in engine.entries():
+        names, kind = (entry.hf_names, entry.kind) if entry else ((name,), "copy")
+        found.append((names, kind, value(param).detach().clone()))
+    return found
+
+
+def whole_tensors(ranks: list[dict], pick, dims) -> dict:
+    """Full tensors from the ranks' shards. Asserts that copies of one thing on several ranks are equal bit for bit."""
+    import torch
+
+    from hybridrl.weights import layout
+
+    places: dict[tuple, dict] = {}
+    for result in ranks:
+        for names, kind, tensor in pick(result):
+            shards = places.setdefault((names, kind), {})
+            known = shards.setdefault(result["coords"].tp_rank, tensor)
+            assert torch.equal(known, tensor), f"{names}: data-parallel ranks or stages differ"
+    found = {}
+    for (names, kind), shards in places.items():
+        tensors = [shards[i] for i in sorted(shards)]
+        if kind == "copy":
+            assert all(torch.equal(tensors[0], t) for t in tensors), f"{names}: tensor-parallel ranks differ"
+        found.update(layout.to_hf(layout.Entry(kind, names), tensors, dims))
+    return found
+
+
+def close(actual: dict, expected: dict, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = float((actual[name].double() - tensor.double()).norm() / tensor.double().norm())
+        assert error < tolerance, f"{name}: relative error {error:.1e}"

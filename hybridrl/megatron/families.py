@@ -44,7 +44,7 @@ def family_of(hf_config) -> Family:
         )
     for name in ("attention_bias", "mlp_bias"):
         if getattr(hf_config, name, False):
-            raise ValueError(f"{key}: {name}=true in a {kind} model's config.json is not supported yet; use one without")
+            raise ValueError(f"{key}: {name}=true in a {kind} config.json is not supported yet: use one without")
     if hf_config.hidden_act != "silu":
         raise ValueError(f"{key}: hidden_act {hf_config.hidden_act!r} in config.json is not supported yet: only silu")
     _refuse_window(hf_config, key)
