@@ -81,6 +81,8 @@ FAMILIES = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "yarn": ("Llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                           "attention_factor": 1.0, "original_max_position_embeddings": 16}}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 64}),
 }
 

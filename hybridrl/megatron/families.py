@@ -73,18 +73,20 @@ def _rope(hf_config) -> tuple[str, float]:
     """(rotary type, base). transformers 5 keeps them in rope_parameters, transformers 4 in attributes of their own."""
     parameters = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    what = f"rope_type {kind!r} in the model's config.json is not supported yet"
+    key = "actor_rollout_ref.model.path"
+    what = f"{key}: rope_type {kind!r} in the model's config.json is not supported yet"
+    mend = "Mend: take it out; up to the context that the model had before it, the model does without"
     if kind in _BY_LENGTH:
-        raise ValueError(f"{what}: its frequencies depend on the length of the batch; remove it for the first context")
+        raise ValueError(f"{what}: its frequencies depend on the length of the batch. {mend}")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor in the model's config.json is not supported yet: only 1 is")
+        raise ValueError(f"{key}: partial_rotary_factor in the model's config.json is not supported yet: only 1 is")
     if kind != "default":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         if kind not in ROPE_INIT_FUNCTIONS:
             raise ValueError(f"{what} and transformers does not know it")
         if (factor := ROPE_INIT_FUNCTIONS[kind](hf_config, "cpu")[1]) != 1.0:
-            raise ValueError(f"{what}: it scales attention by {factor:.6g}, and only types that leave it alone are")
+            raise ValueError(f"{what}: it scales attention by {factor:.6g}. {mend}")
     return kind, float(parameters.get("rope_theta") or hf_config.rope_theta)
 
 

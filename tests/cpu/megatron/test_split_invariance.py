@@ -122,7 +122,8 @@ def test_split_changes_nothing(measured, dims, split, role):
     for result in ranks:
         assert result["stats"]["grad_norm"] == pytest.approx(norm, rel=1e-5)
         assert result["stats"]["skipped_steps"] == 0 and result["stats"]["lr"] == 1e-3
-    helpers.close(helpers.whole_tensors(ranks, lambda r: r["stepped"], dims), helpers.whole_tensors(one, lambda r: r["stepped"], dims), 1e-5)
+    stepped = helpers.whole_tensors(ranks, lambda r: r["stepped"], dims)
+    helpers.close(stepped, helpers.whole_tensors(one, lambda r: r["stepped"], dims), 1e-5)
 
 
 @pytest.mark.parametrize("role", ROLES)
