@@ -329,7 +329,6 @@ for _role in (ACTOR, REF, "critic"):
         f"{_role}.megatron.param_offload": PARAMS,
         f"{_role}.megatron.context_parallel_size": Honoured((1, None), f"context parallelism {NEXT}"),
         f"{_role}.megatron.dynamic_context_parallel": Honoured(OFF, f"context parallelism {NEXT}"),
-        f"{_role}.megatron.virtual_pipeline_model_parallel_size": Honoured((1, None), f"interleaved stages {NEXT}"),
         f"{_role}.megatron.expert_model_parallel_size": Honoured((1, None), f"expert parallelism {NEXT}"),
         f"{_role}.megatron.expert_tensor_parallel_size": Honoured((1, None), f"expert parallelism {NEXT}"),
         f"{_role}.megatron.use_dist_checkpointing": Honoured(

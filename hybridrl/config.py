@@ -96,6 +96,10 @@ class Parallel:
 
     tensor_model_parallel_size: int | None = key(None, "Tensor parallelism. None: the actor's; the actor's own: 1.")
     pipeline_model_parallel_size: int | None = key(None, "Pipeline stages. None: the actor's; the actor's own: 1.")
+    virtual_pipeline_model_parallel_size: int | None = key(
+        None,
+        "Chunks of layers a pipeline stage holds (interleaved schedule). None: the actor's; the actor's own: 1.",
+    )
     sequence_parallel: bool | None = key(
         None, "Sequence parallelism. None: the actor's; the actor's own: on when TP > 1."
     )

@@ -93,7 +93,9 @@ def _per_rank(samples: int, role: Role) -> str:
 
 
 def _role(role: Role) -> str:
-    split = f"TP {role.tp} x PP {role.pp} x DP {role.dp}" + (", sequence parallel" if role.sequence_parallel else "")
+    virtual = f" (VPP {role.vpp})" if role.vpp > 1 else ""
+    split = f"TP {role.tp} x PP {role.pp}{virtual} x DP {role.dp}"
+    split += ", sequence parallel" if role.sequence_parallel else ""
     return f"{role.ranks} ranks = {split}, {role.dtype}" + ("" if role.colocated else ", a pool of its own")
 
 

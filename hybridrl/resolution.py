@@ -32,6 +32,7 @@ class Role:
     sequence_parallel: bool
     dtype: str
     colocated: bool
+    vpp: int = 1
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,21 @@ def home(path: Any) -> Any:
 
 def fill_megatron(megatron: Any, base: Parallel | None = None) -> Any:
     """A role's Megatron group with what it inherits from base (the actor's, filled), or the actor's own."""
-    base = base or Parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, dtype="bfloat16")
+    base = base or Parallel(
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=1,
+        dtype="bfloat16",
+    )
+    pp = own(megatron.pipeline_model_parallel_size, base.pipeline_model_parallel_size)
+    chunks = base.virtual_pipeline_model_parallel_size if pp > 1 else 1
     tp = own(megatron.tensor_model_parallel_size, base.tensor_model_parallel_size)
     inherited = None if base.tensor_model_parallel_size == 1 else base.sequence_parallel
     return replace(
         megatron,
         tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=own(megatron.pipeline_model_parallel_size, base.pipeline_model_parallel_size),
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=own(megatron.virtual_pipeline_model_parallel_size, chunks),
         # Without tensor parallelism there is nothing to split: off, as in verl, whose default is on.
         sequence_parallel=tp > 1 and own(megatron.sequence_parallel, own(inherited, True)),
         dtype=own(megatron.dtype, base.dtype),
@@ -280,7 +289,8 @@ def _filled_critic(config: PPOConfig, actor: Actor) -> Critic:
 
 def _role(megatron: Parallel, ranks: int, colocated: bool) -> Role:
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
-    return Role(ranks, tp, pp, ranks // (tp * pp), megatron.sequence_parallel, megatron.dtype, colocated)
+    vpp = megatron.virtual_pipeline_model_parallel_size
+    return Role(ranks, tp, pp, ranks // (tp * pp), megatron.sequence_parallel, megatron.dtype, colocated, vpp)
 
 
 def _rollout_plan(config: PPOConfig, machine: Machine, actor: Role) -> RolloutPlan:

@@ -45,6 +45,7 @@ _VLLM_OWN = {
 _MEGATRON_OWN = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
     "sequence_parallel",
     "params_dtype",
     "bf16",
@@ -319,6 +320,7 @@ def _parallelism(config: PPOConfig) -> Iterator[str]:
         (f"{ARR}.ref", config.actor_rollout_ref.ref.megatron),
         ("critic", config.critic.megatron),
     ):
+        yield from _virtual(f"{role}.megatron", fill_megatron(megatron, base))
         yield from _overrides(f"{role}.megatron", megatron)
 
 
@@ -328,6 +330,15 @@ def _split(role: str, megatron: Any, ranks: int, of: str) -> Iterator[str]:
         yield (
             f"{role}.megatron.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} = {tp * pp} does not"
             f" divide {of}"
+        )
+
+
+def _virtual(name: str, filled: Any) -> Iterator[str]:
+    chunks = filled.virtual_pipeline_model_parallel_size
+    if chunks > 1 and filled.pipeline_model_parallel_size == 1:
+        yield (
+            f"{name}.virtual_pipeline_model_parallel_size={chunks} needs pipeline stages to interleave; set"
+            f" {name}.pipeline_model_parallel_size above 1, or leave it out"
         )
 
 
@@ -383,6 +394,7 @@ def _sft(config: SFTConfig) -> Iterator[str]:
             f"trainer.test_freq={config.trainer.test_freq} and data.val_files is empty: name the files, or leave it out"
         )
     yield from _trackers(config.trainer.logger)
+    yield from _virtual("megatron", fill_megatron(config.megatron))
     yield from _overrides("megatron", config.megatron)
 
 

@@ -72,16 +72,32 @@ def _rank(pipe, function, rank: int, world: int, init: str, args: tuple) -> None
         pipe.send((False, traceback.format_exc()))
 
 
-def save_model(folder, tied: bool, layers: int = 2, seed: int = 0) -> str:
-    """A random Qwen2 checkpoint in fp32 in which biases and norms matter, too."""
+# Families under test: transformers' class, and what its config adds to the common small one.
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 16}
+FAMILIES = {
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 48}),
+    "llama2": ("Llama", {"num_key_value_heads": 4}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "yarn": ("Llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                           "attention_factor": 1.0, "original_max_position_embeddings": 16}}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 64}),
+}
+
+
+def save_model(folder, tied: bool, layers: int = 2, seed: int = 0, family: str = "qwen2", **changes) -> str:
+    """A random checkpoint in fp32 in which biases and norms matter, too."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
     generator = torch.Generator().manual_seed(seed)
-    config = Qwen2Config(
+    name, more = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**dict(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied)
-    model = Qwen2ForCausalLM(config).float()
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied) | more | changes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
     with torch.no_grad():
         for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator)
@@ -125,13 +141,15 @@ def join(rank: int, world: int, init: str, tp: int = 1, pp: int = 1):
 
 
 def engine_settings(folder: str, role: str = "policy", tp: int = 1, pp: int = 1, sp: bool = False,
-                    dtype: str = "float32", distributed: bool = True, optim: dict | None = None, **changes):
+                    dtype: str = "float32", distributed: bool = True, optim: dict | None = None,
+                    virtual: int | None = None, **changes):
     """EngineSettings; `optim` None is a forward-only engine."""
     from hybridrl.config import Megatron, Optim
     from hybridrl.megatron.engine import EngineSettings
 
     megatron = Megatron(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp,
-                        dtype=dtype, use_distributed_optimizer=distributed)
+                        dtype=dtype, use_distributed_optimizer=distributed,
+                        virtual_pipeline_model_parallel_size=virtual)
     return EngineSettings(role, folder, megatron, None if optim is None else Optim(**optim), **changes)
 
 
@@ -144,3 +162,40 @@ def checkpoint_tensors(folder: str) -> dict:
         if name.endswith(".safetensors"):
             found.update(load_file(os.path.join(folder, name)))
     return found
+
+
+def shards_of(engine, value) -> list:
+    """(names in a Hugging Face checkpoint, kind, tensor) of each parameter; `value` picks what of it."""
+    found = []
+    for name, param, entry in engine.entries():
+        names, kind = (entry.hf_names, entry.kind) if entry else ((name,), "copy")
+        found.append((names, kind, value(param).detach().clone()))
+    return found
+
+
+def whole_tensors(ranks: list[dict], pick, dims) -> dict:
+    """Full tensors from the ranks' shards. Asserts that copies of one thing on several ranks are equal bit for bit."""
+    import torch
+
+    from hybridrl.weights import layout
+
+    places: dict[tuple, dict] = {}
+    for result in ranks:
+        for names, kind, tensor in pick(result):
+            shards = places.setdefault((names, kind), {})
+            known = shards.setdefault(result["coords"].tp_rank, tensor)
+            assert torch.equal(known, tensor), f"{names}: data-parallel ranks or stages differ"
+    found = {}
+    for (names, kind), shards in places.items():
+        tensors = [shards[i] for i in sorted(shards)]
+        if kind == "copy":
+            assert all(torch.equal(tensors[0], t) for t in tensors), f"{names}: tensor-parallel ranks differ"
+        found.update(layout.to_hf(layout.Entry(kind, names), tensors, dims))
+    return found
+
+
+def close(actual: dict, expected: dict, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = float((actual[name].double() - tensor.double()).norm() / tensor.double().norm())
+        assert error < tolerance, f"{name}: relative error {error:.1e}"

@@ -16,9 +16,16 @@ def _file(engine: Engine, folder: str) -> str:
 
 def layout_of(engine: Engine) -> dict:
     """What must be the same for a checkpoint to fit: the split and every parameter's shape and dtype."""
-    shapes = {n: (tuple(p.shape), str(p.dtype)) for n, p in engine.module.named_parameters()}
+    shapes = {n: (tuple(p.shape), str(p.dtype)) for n, p in engine.named_parameters()}
     c = engine.coords
-    return {"world": c.world, "tp": c.tp, "pp": c.pp, "model_type": engine.hf_config.model_type, "parameters": shapes}
+    return {
+        "world": c.world,
+        "tp": c.tp,
+        "pp": c.pp,
+        "virtual stages": engine.virtual or 1,
+        "model_type": engine.hf_config.model_type,
+        "parameters": shapes,
+    }
 
 
 def save_rank(engine: Engine, folder: str) -> None:
@@ -26,7 +33,7 @@ def save_rank(engine: Engine, folder: str) -> None:
     os.makedirs(folder, exist_ok=True)
     state = {
         "layout": layout_of(engine),
-        "model": {n: p.detach().cpu() for n, p in engine.module.named_parameters()},
+        "model": {n: p.detach().cpu() for n, p in engine.named_parameters()},
         "optimizer": engine.optimizer.state_dict(),
         "rng": torch.get_rng_state(),
     }
@@ -46,7 +53,7 @@ def load_rank(engine: Engine, folder: str) -> None:
         )
     state = torch.load(path, map_location="cpu", weights_only=True)
     mine, saved = layout_of(engine), state["layout"]
-    for key in ("world", "tp", "pp", "model_type"):
+    for key in ("world", "tp", "pp", "virtual stages", "model_type"):
         if mine[key] != saved[key]:
             raise ValueError(
                 f"checkpoint {folder} has {key}={saved[key]}, this run has {mine[key]}. Mend: resume with the same "
@@ -55,7 +62,7 @@ def load_rank(engine: Engine, folder: str) -> None:
     if mine["parameters"] != saved["parameters"]:
         names = sorted(k for k, v in mine["parameters"].items() if saved["parameters"].get(k) != v)
         raise ValueError(f"checkpoint {folder} is of another model: {names[:3]} differ. Mend: check model.path.")
-    for name, param in engine.module.named_parameters():
+    for name, param in engine.named_parameters():
         param.copy_(state["model"][name])
     engine.optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])

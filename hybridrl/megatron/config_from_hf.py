@@ -40,7 +40,8 @@ def transformer_config(hf_config, megatron: Megatron, device: torch.device) -> T
     arrive with global denominators. Fusions that go through torch.compile or CUDA-only extensions are off on the CPU.
     """
     family, dtype, tp = family_of(hf_config), DTYPES[megatron.dtype], megatron.tensor_model_parallel_size
-    cuda = device.type == "cuda"
+    cuda, virtual = device.type == "cuda", megatron.virtual_pipeline_model_parallel_size
+    interleaved = virtual is not None and virtual > 1
     settings = dict(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -65,6 +66,7 @@ def transformer_config(hf_config, megatron: Megatron, device: torch.device) -> T
         apply_rope_fusion=False,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if interleaved else None,
         sequence_parallel=bool(megatron.sequence_parallel) and tp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -75,7 +77,10 @@ def transformer_config(hf_config, megatron: Megatron, device: torch.device) -> T
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=not cuda,
-        batch_p2p_comm=cuda,
+        batch_p2p_comm=cuda and not interleaved,
+        # Each direction by itself: of two stages each is the other's neighbour on both sides, and messages of both
+        # directions in one exchange would be taken for one another.
+        overlap_p2p_comm=interleaved,
         deallocate_pipeline_outputs=False,
     )
     settings.update(megatron.override_transformer_config)

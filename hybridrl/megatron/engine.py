@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from hybridrl.config import Megatron, Optim
 from hybridrl.data.packed import PackedBatch
 from hybridrl.megatron import config_from_hf, specs
-from hybridrl.megatron.families import family_of, rope_theta
+from hybridrl.megatron.families import family_of, inverse_frequencies
 from hybridrl.megatron.model import PolicyModel, ValueModel, full_hidden
 from hybridrl.megatron.optimizer import Optimizer
 from hybridrl.megatron.parallel import Coordinates
@@ -56,20 +56,26 @@ class Engine:
         self.dims = config_from_hf.layout_dims(self.hf_config, coords.tp)
         self.impl = specs.resolve_impl(settings.megatron.transformer_impl, device)
         self.first, self.last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
-        self.layer_offset = get_transformer_layer_offset(self.config)
-        self.module = self._build()
+        self.virtual = self.config.virtual_pipeline_model_parallel_size
+        # One chunk of consecutive layers, or with virtual stages several: chunk c of stage s comes after all chunks
+        # c - 1. The last chunk of the last stage has the head.
+        self.chunks = [self._build(chunk) for chunk in (range(self.virtual) if self.virtual else [None])]
+        self.module = self.chunks[-1]
         self.load_hf(settings.model_path)
-        self.model, self.optimizer = [self.module], None
+        self.model, self.optimizer = self.chunks, None
         if settings.optim is not None:
             self._wrap(settings.optim)
         else:
-            self.module.requires_grad_(False)
+            for chunk in self.chunks:
+                chunk.requires_grad_(False)
 
-    def _build(self) -> torch.nn.Module:
-        stages = self.config.pipeline_model_parallel_size
+    def _build(self, chunk: int | None) -> torch.nn.Module:
+        stages = self.config.pipeline_model_parallel_size * (self.virtual or 1)
         if self.config.num_layers % stages:
+            virtual = f" x virtual_pipeline_model_parallel_size={self.virtual}" if self.virtual else ""
             raise ValueError(
-                f"pipeline_model_parallel_size={stages} does not divide the model's {self.config.num_layers} layers"
+                f"pipeline_model_parallel_size={self.config.pipeline_model_parallel_size}{virtual} does not divide the "
+                f"model's {self.config.num_layers} layers"
             )
         model_class = ValueModel if self.settings.role == "value" else PolicyModel
         module = model_class(
@@ -79,15 +85,18 @@ class Engine:
             ),
             vocab_size=self.dims.vocab_padded,
             max_sequence_length=self.hf_config.max_position_embeddings,
-            pre_process=self.first,
-            post_process=self.last,
+            pre_process=self.first and not chunk,
+            post_process=self.last and chunk in (None, (self.virtual or 1) - 1),
             share_embeddings_and_output_weights=self.dims.tied,
             position_embedding_type="rope",
-            rotary_base=rope_theta(self.hf_config),
+            vp_stage=chunk,
         )
         module = module.to(self.device)
+        # Megatron knows the default frequencies and one setting of Llama 3.1's. These are transformers' own.
+        module.rotary_pos_emb.inv_freq = inverse_frequencies(self.hf_config).to(self.device)
+        module.layer_offset = get_transformer_layer_offset(self.config, vp_stage=chunk)
         for name, param in module.named_parameters():
-            entry = layout.entry_of(name, self.layer_offset, self.dims)
+            entry = layout.entry_of(name, module.layer_offset, self.dims)
             if entry is None:
                 continue
             param.data = param.data.to(self.config.params_dtype)
@@ -104,22 +113,42 @@ class Engine:
             overlap_grad_reduce=False,
         )
         # Without per-token loss Megatron's DDP would average over ranks.
-        self.model = [DistributedDataParallel(self.config, ddp, self.module)]
+        self.model = [
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=i > 0)
+            for i, chunk in enumerate(self.chunks)
+        ]
         self.config.finalize_model_grads_func = _finalize_without_rescaling
-        self.config.no_sync_func = self.model[0].no_sync
+        no_sync = [chunk.no_sync for chunk in self.model]
+        self.config.no_sync_func = no_sync if self.virtual else no_sync[0]
         self.optimizer = Optimizer(self.model, optim, self.settings.megatron, self.settings.total_steps)
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def entries(self) -> Iterator[tuple[str, torch.nn.Parameter, layout.Entry | None]]:
-        """Every parameter of this rank with its place in a Hugging Face checkpoint."""
-        for name, param in self.module.named_parameters():
-            yield name, param, layout.entry_of(name, self.layer_offset, self.dims)
+        """Every parameter of this rank (name within its chunk) with its place in a Hugging Face checkpoint."""
+        for chunk in self.chunks:
+            for name, param in chunk.named_parameters():
+                yield name, param, layout.entry_of(name, chunk.layer_offset, self.dims)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Every parameter of this rank under a name of its own."""
+        for i, chunk in enumerate(self.chunks):
+            for name, param in chunk.named_parameters():
+                yield (f"chunk{i}.{name}" if self.virtual else name), param
 
     @torch.no_grad()
     def load_hf(self, folder: str) -> None:
-        """Loads this rank's slices of a Hugging Face folder. ValueError naming a missing or misshapen tensor."""
+        """Loads this rank's slices of a Hugging Face folder. ValueError naming a missing, misshapen or extra tensor."""
         reader = huggingface.HfReader(folder)
+        family = family_of(self.hf_config)
+        layout.refuse_extra(
+            reader,
+            self.config.num_layers,
+            family.qkv_bias,
+            family.qk_norm,
+            backbone=self.settings.role == "value",
+            where=folder,
+        )
         for name, param, entry in self.entries():
             if entry is None:
                 continue
@@ -174,17 +203,27 @@ class Engine:
         model-parallel group; with `train` also over data-parallel ranks at the end.
         """
         assert packs, "a rank without a sample would leave the others waiting"
-        self.module.train(train)
+        for chunk in self.model:
+            chunk.train(train)
+            if train:
+                chunk.zero_grad_buffer()
         if train:
-            self.model[0].zero_grad_buffer()
             self.optimizer.zero_grad()
         head = self._values if self.settings.role == "value" else functools.partial(self._logprobs, squares)
 
+        # The interleaved schedule takes a multiple of the stages. One of `tp` tokens without a response costs next to
+        # nothing, and a plan with too few samples to cut further has no other way.
+        fill = -len(packs) % self.coords.pp if self.virtual else 0
+        blank = _blank(self.coords.tp) if fill else None
+
         def forward_step(data: Iterator[PackedBatch], model):
-            pack = next(data).to(self.device)
+            source = next(data)
+            pack = source.to(self.device)
             hidden = model(pack.input_ids[None], pack.position_ids[None], None, packed_seq_params=_seq_params(pack))
 
             def loss(hidden: torch.Tensor, non_loss_data: bool = False):
+                if source is blank:
+                    return hidden.float().sum() * 0.0, torch.zeros([], dtype=torch.int), None
                 value, metrics = loss_fn(head(hidden, pack), pack)
                 if value is None:
                     value = hidden.new_zeros((), dtype=torch.float32)
@@ -193,15 +232,17 @@ class Engine:
             return hidden, loss
 
         with torch.enable_grad() if train else torch.no_grad():
-            return get_forward_backward_func()(
+            packs = [*packs, *[blank] * fill]
+            parts = get_forward_backward_func(self.coords.pp, self.virtual)(
                 forward_step_func=forward_step,
-                data_iterator=iter(packs),
+                data_iterator=[iter(packs) for _ in self.model] if self.virtual else iter(packs),
                 model=self.model,
                 num_microbatches=len(packs),
                 seq_length=1,  # unused: shapes travel with the tensors (variable_seq_lengths)
                 micro_batch_size=1,
                 forward_only=not train,
             )
+            return parts[: len(parts) - fill] if parts else parts
 
     def _logprobs(self, squares: bool, hidden: torch.Tensor, pack: PackedBatch) -> dict[str, torch.Tensor]:
         rows = full_hidden(hidden, self.config, grads_are_partial=True).index_select(0, pack.response_rows)
@@ -226,7 +267,8 @@ class Engine:
         if self.optimizer is None or self.device.type == "cpu":
             return
         if self.settings.megatron.grad_offload:
-            self.model[0].offload_grad_buffers() if to_host else self.model[0].restore_grad_buffers()
+            for chunk in self.model:
+                chunk.offload_grad_buffers() if to_host else chunk.restore_grad_buffers()
         if self.settings.megatron.optimizer_offload:
             self.optimizer.inner.offload_to_cpu() if to_host else self.optimizer.inner.restore_from_cpu()
         torch.cuda.empty_cache()
@@ -235,6 +277,22 @@ class Engine:
 def _finalize_without_rescaling(model, num_tokens=None, **kwargs) -> None:
     """Megatron's gradient reductions without its division by the number of tokens (denominators are in the loss)."""
     finalize_model_grads(model, None, **kwargs)
+
+
+def _blank(tokens: int) -> PackedBatch:
+    """A pack of one sequence without a response."""
+    none, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    return PackedBatch(
+        input_ids=torch.zeros(tokens, dtype=torch.int64),
+        position_ids=torch.arange(tokens),
+        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
+        max_seqlen=tokens,
+        response_rows=none,
+        targets=none,
+        response_mask=torch.zeros(0),
+        cu_resp=zero,
+        columns={},
+    )
 
 
 def _seq_params(pack: PackedBatch) -> PackedSeqParams:

@@ -76,11 +76,10 @@ def _model(name: str, path: str, trust: bool, role: Role, megatron: str) -> Iter
     except Exception as error:  # transformers raises many kinds for a config.json it cannot read
         yield f"{name}.path={path}: config.json cannot be read: {_first_line(error)}"
         return
-    from hybridrl.megatron.families import family_of, rope_theta
+    from hybridrl.megatron.families import family_of
 
     try:
         family_of(hf)
-        rope_theta(hf)
     except ValueError as error:
         yield str(error).replace("actor_rollout_ref.model", name)
         return
@@ -126,8 +125,9 @@ def _divides(name: str, hf: Any, role: Role, megatron: str) -> Iterator[str]:
         size = getattr(hf, field)
         if size % role.tp:
             yield f"{tp} does not divide the {size} {what} of {name}.path; choose a divisor"
-    if hf.num_hidden_layers % role.pp:
-        yield f"{pp} does not divide the {hf.num_hidden_layers} layers of {name}.path; choose a divisor"
+    if hf.num_hidden_layers % (role.pp * role.vpp):
+        virtual = f" x {megatron}.virtual_pipeline_model_parallel_size={role.vpp}" if role.vpp > 1 else ""
+        yield f"{pp}{virtual} does not divide the {hf.num_hidden_layers} layers of {name}.path; choose a divisor"
 
 
 def _engine(resolved: Resolved, hf: Any) -> Iterator[str]:

@@ -34,6 +34,9 @@ class HfReader:
             self._file_of = dict.fromkeys(_opened(single).keys(), single.name)
         self._open: dict[str, object] = {}
 
+    def __iter__(self):
+        return iter(self._file_of)
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 

@@ -7,6 +7,7 @@ Legend: A query heads, G key/value heads, D head size, F feed-forward size, H hi
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,6 +52,7 @@ _IN_LAYER = {
     "mlp.linear_fc1.weight": ("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
     "mlp.linear_fc2.weight": ("row", ("mlp.down_proj.weight",)),
 }
+_QK_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
 _OUTSIDE = {
     "embedding.word_embeddings.weight": ("vocab", ("model.embed_tokens.weight",)),
     "decoder.final_layernorm.weight": ("copy", ("model.norm.weight",)),
@@ -75,6 +77,28 @@ def entry_of(name: str, layer_offset: int, dims: Dims) -> Entry | None:
             names = ("model.embed_tokens.weight",)
         return Entry(kind, names)
     raise ValueError(f"parameter {name!r} has no place in a Hugging Face checkpoint: extend hybridrl/weights/layout.py")
+
+
+def refuse_extra(
+    names: Iterable[str], layers: int, qkv_bias: bool, qk_norm: bool, backbone: bool, where: str
+) -> None:
+    """ValueError naming tensors of a checkpoint that no parameter of the model takes: more layers than its config says,
+    biases, adapters. They would be lost without a word.
+
+    `backbone`: only the backbone is used (a critic), and whatever head the checkpoint has is left aside.
+    """
+    known = {name for _, names in _OUTSIDE.values() for name in names}
+    for parameter, (_, suffixes) in _IN_LAYER.items():
+        if (parameter.endswith("qkv.bias") and not qkv_bias) or (parameter in _QK_NORMS and not qk_norm):
+            continue
+        known.update(f"model.layers.{i}.{suffix}" for i in range(layers) for suffix in suffixes)
+    extra = sorted(n for n in names if n not in known and (n.startswith("model.") or not backbone))
+    extra = [n for n in extra if not n.endswith("rotary_emb.inv_freq")]  # a constant that old checkpoints carry along
+    if extra:
+        raise ValueError(
+            f"{where} holds {len(extra)} tensors that a model of its config.json ({layers} layers) does not "
+            f"have, such as {extra[0]!r}. Mend: give the folder its own config.json and weights."
+        )
 
 
 class Reader(Protocol):

@@ -139,6 +139,10 @@ RULES = [
         [f"{ACTOR}.megatron.tensor_model_parallel_size=4"],
         ["actor.megatron.tensor_model_parallel_size=4", "does not divide the 2 ranks"],
     ),
+    (
+        [f"{ACTOR}.megatron.virtual_pipeline_model_parallel_size=2"],
+        ["actor.megatron.virtual_pipeline_model_parallel_size=2", "pipeline_model_parallel_size above 1"],
+    ),
     ([f"{ACTOR}.megatron.pipeline_model_parallel_size=3"], ["pipeline_model_parallel_size=3", "does not divide"]),
     (
         ["critic.megatron.tensor_model_parallel_size=2"],

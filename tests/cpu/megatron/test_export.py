@@ -110,12 +110,20 @@ def test_folders_that_do_not_fit_are_refused(models, tmp_path):
     folders = {
         "shape": edited(source, tmp_path / "a", hidden_size=64, head_dim=32),
         "layers": edited(source, tmp_path / "b", num_hidden_layers=3, layer_types=["full_attention"] * 3),
-        "family": edited(source, tmp_path / "c", model_type="llama"),
+        "fewer layers": edited(source, tmp_path / "e", num_hidden_layers=1, layer_types=["full_attention"]),
+        "biases": edited(source, tmp_path / "f", model_type="llama", architectures=["LlamaForCausalLM"]),
+        "no norms": edited(source, tmp_path / "g", model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=32),
+        "family": edited(source, tmp_path / "c", model_type="gpt_neox"),
         "rope": edited(
-            source, tmp_path / "d", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            source, tmp_path / "d", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
     }
     found = helpers.run_ranks(refused, 1, folders)[0]
     assert "give (" in found["shape"] and str(folders["shape"]) in found["shape"]
     assert "model.layers.2." in found["layers"]
-    assert "llama" in found["family"] and "qwen2" in found["family"]
-    assert "linear" in found["rope"]
+    assert "12 tensors" in found["fewer layers"] and "(1 layers)" in found["fewer layers"]
+    assert "'model.layers.1.input_layernorm.weight'" in found["fewer layers"]
+    assert folders["fewer layers"] in found["fewer layers"]
+    assert "6 tensors" in found["biases"] and "k_proj.bias" in found["biases"]
+    assert "bias" in found["no norms"]
+    assert "gpt_neox" in found["family"] and "qwen2" in found["family"]
+    assert "dynamic" in found["rope"]

@@ -98,21 +98,67 @@ class Config:
         self.__dict__.update(values)
 
 
-def test_family_names_the_known_ones():
-    from hybridrl.megatron.families import family_of
+def config_of(kind: str, **values):
+    import transformers
 
-    assert family_of(Config(model_type="qwen2")).qkv_bias
-    with pytest.raises(ValueError, match=r"'gpt_neox' is not supported yet.*qwen2"):
+    return getattr(transformers, f"{kind}Config")(**dict(max_position_embeddings=512) | values)
+
+
+def test_family_names_the_known_ones():
+    from hybridrl.megatron.families import FAMILIES, family_of
+
+    assert family_of(config_of("Qwen2")).qkv_bias and family_of(config_of("Qwen3")).qk_norm
+    assert family_of(config_of("Llama")) == family_of(config_of("Mistral", sliding_window=None))
+    with pytest.raises(ValueError, match=rf"'gpt_neox' is not supported yet.*{', '.join(sorted(FAMILIES))}"):
         family_of(Config(model_type="gpt_neox"))
 
 
-def test_rope_theta_of_both_transformers():
-    from hybridrl.megatron.families import head_dim, rope_theta
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 
-    assert rope_theta(Config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})) == 5e5
-    assert rope_theta(Config(rope_theta=1e6)) == 1e6
-    with pytest.raises(ValueError, match="'yarn'.*only 'default'"):
-        rope_theta(Config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}))
+
+@pytest.mark.parametrize("kind, values, words", [
+    ("Llama", {"attention_bias": True}, "attention_bias=true.*llama"),
+    ("Qwen3", {"attention_bias": True}, "attention_bias=true.*qwen3"),
+    ("Llama", {"mlp_bias": True}, "mlp_bias=true"),
+    ("Llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("Mistral", {"sliding_window": 256}, "sliding_window=256 .*set max_position_embeddings to 256"),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 4}, "sliding_window=256"),
+    ("Qwen3", {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 4}, "sliding_window=256"),
+    ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'.*length"),
+    ("Llama", {"rope_parameters": YARN}, "'yarn'.*scales attention by 1.13863"),
+    ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+     "partial_rotary_factor"),
+])
+def test_variants_that_the_model_does_not_have_are_refused(kind, values, words):
+    from hybridrl.megatron.families import family_of
+
+    with pytest.raises(ValueError, match=words):
+        family_of(config_of(kind, **values))
+
+
+@pytest.mark.parametrize("kind, values", [
+    ("Mistral", {"sliding_window": 512}),
+    ("Mistral", {"sliding_window": None}),
+    ("Qwen2", {"use_sliding_window": False, "sliding_window": 256}),
+])
+def test_windows_that_change_nothing_are_fine(kind, values):
+    from hybridrl.megatron.families import family_of
+
+    family_of(config_of(kind, **values))
+
+
+def test_frequencies_of_both_transformers():
+    import torch
+
+    from hybridrl.megatron.families import head_dim, inverse_frequencies
+
+    wanted = 5e5 ** -(torch.arange(0, 32, 2, dtype=torch.float64) / 32)
+    sizes = {"head_dim": 32}
+    for found in (Config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}, **sizes),
+                  Config(rope_theta=5e5, **sizes), Config(rope_theta=5e5, rope_scaling=None, **sizes)):
+        torch.testing.assert_close(inverse_frequencies(found).double(), wanted, rtol=1e-6, atol=0)
+    yarn = config_of("Llama", head_dim=32, rope_parameters=YARN | {"attention_factor": 1.0})
+    assert inverse_frequencies(yarn).shape == (16,)  # its attention factor is 1
     assert head_dim(Config(hidden_size=128, num_attention_heads=4)) == 32
     assert head_dim(Config(head_dim=64, hidden_size=128, num_attention_heads=4)) == 64
 
@@ -133,8 +179,7 @@ def test_unknown_transformer_field_names_the_key():
     from hybridrl.config import Megatron
     from hybridrl.megatron.config_from_hf import transformer_config
 
-    hf = Config(model_type="qwen2", num_hidden_layers=2, hidden_size=64, intermediate_size=64, num_attention_heads=2,
-                num_key_value_heads=2, rms_norm_eps=1e-6)
+    hf = config_of("Qwen2", num_hidden_layers=2, hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
     settings = dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, dtype="float32")
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="override_transformer_config.*no_such_field"):

@@ -32,15 +32,6 @@ def loss_of(role: str, mode: str):
     return ActorLoss("vanilla", mode, 0.2, 0.28, 3.0, 0.01, True, 0.05, "low_var_kl", None)
 
 
-def shards_of(engine, value) -> list:
-    """(names in a Hugging Face checkpoint, kind, tensor) of each parameter; `value` picks what of it."""
-    found = []
-    for name, param, entry in engine.entries():
-        names, kind = (entry.hf_names, entry.kind) if entry else ((name,), "copy")
-        found.append((names, kind, value(param).detach().clone()))
-    return found
-
-
 def micros_of(engine, micros: list[list[int]]) -> list:
     from hybridrl.data.packed import pack
 
@@ -53,7 +44,7 @@ def train(engine, loss, denom, micros: list[list[int]]):
     from hybridrl.megatron.engine import sum_metrics
 
     parts = engine.run(micros_of(engine, micros), lambda out, pack: loss(out, pack, denom), train=True)
-    return {k: float(v) for k, v in sum_metrics(parts).items()}, shards_of(engine, lambda p: p.main_grad)
+    return {k: float(v) for k, v in sum_metrics(parts).items()}, helpers.shards_of(engine, lambda p: p.main_grad)
 
 
 def measure_role(role: str, folder: str, coords, device, split: tuple) -> dict:
@@ -83,7 +74,7 @@ def measure_role(role: str, folder: str, coords, device, split: tuple) -> dict:
         out["one-micro"] = train(engine, loss_of(role, MODES[-1]), denom, [list(range(6))])
         train(engine, loss_of(role, MODES[-1]), denom, mine)
     out["stats"] = engine.step()
-    out["stepped"] = shards_of(engine, lambda p: p.data)
+    out["stepped"] = helpers.shards_of(engine, lambda p: p.data)
     return out
 
 
@@ -91,25 +82,6 @@ def measure(rank, world, init, folders: dict[str, str], split: tuple) -> dict:
     coords, device = helpers.join(rank, world, init, split[1], split[2])
     path = {"policy-tied": folders["tied"], "policy-untied": folders["untied"], "value": folders["tied"]}
     return {role: measure_role(role, path[role], coords, device, split) for role in ROLES}
-
-
-def whole_tensors(ranks: list[dict], pick, dims) -> dict:
-    """Full tensors from the ranks' shards. Asserts that copies of one thing on several ranks are equal bit for bit."""
-    from hybridrl.weights import layout
-
-    places: dict[tuple, dict[int, torch.Tensor]] = {}
-    for result in ranks:
-        for names, kind, tensor in pick(result):
-            shards = places.setdefault((names, kind), {})
-            known = shards.setdefault(result["coords"].tp_rank, tensor)
-            assert torch.equal(known, tensor), f"{names}: data-parallel ranks or stages differ"
-    found = {}
-    for (names, kind), shards in places.items():
-        tensors = [shards[i] for i in sorted(shards)]
-        if kind == "copy":
-            assert all(torch.equal(tensors[0], t) for t in tensors), f"{names}: tensor-parallel ranks differ"
-        found.update(layout.to_hf(layout.Entry(kind, names), tensors, dims))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +100,6 @@ def dims(models):
     return layout_dims(read_hf_config(models["tied"]), 2)
 
 
-def close(actual: dict, expected: dict, tolerance: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        error = float((actual[name].double() - tensor.double()).norm() / tensor.double().norm())
-        assert error < tolerance, f"{name}: relative error {error:.1e}"
-
-
 def summed(ranks: list[dict], key: str) -> dict[str, float]:
     collectors = [r[key][0] for r in ranks if r["coords"].is_collector]
     return {k: sum(c[k] for c in collectors) for k in collectors[0]}
@@ -150,14 +115,15 @@ def test_split_changes_nothing(measured, dims, split, role):
         assert any(abs(v) > 1e-3 for k, v in expected.items() if "loss" in k)
         assert summed(ranks, mode) == pytest.approx(expected, rel=1e-6, abs=1e-6), mode
         if split != "dp-distributed":  # there each rank keeps the sum of its part of the buffer only
-            gradient = whole_tensors(ranks, lambda r, mode=mode: r[mode][1], dims)
-            close(gradient, whole_tensors(one, lambda r, mode=mode: r[mode][1], dims), 1e-5)
+            gradient = helpers.whole_tensors(ranks, lambda r, mode=mode: r[mode][1], dims)
+            helpers.close(gradient, helpers.whole_tensors(one, lambda r, mode=mode: r[mode][1], dims), 1e-5)
     norm = one[0]["stats"]["grad_norm"]
     assert norm > 0.5, "the step is to be clipped"
     for result in ranks:
         assert result["stats"]["grad_norm"] == pytest.approx(norm, rel=1e-5)
         assert result["stats"]["skipped_steps"] == 0 and result["stats"]["lr"] == 1e-3
-    close(whole_tensors(ranks, lambda r: r["stepped"], dims), whole_tensors(one, lambda r: r["stepped"], dims), 1e-5)
+    stepped = helpers.whole_tensors(ranks, lambda r: r["stepped"], dims)
+    helpers.close(stepped, helpers.whole_tensors(one, lambda r: r["stepped"], dims), 1e-5)
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -165,8 +131,8 @@ def test_split_changes_nothing(measured, dims, split, role):
 def test_number_of_micro_batches_changes_nothing(measured, dims, split, role):
     ranks, mode = [r[role] for r in measured(split)], MODES[-1]
     assert summed(ranks, "one-micro") == pytest.approx(summed(ranks, mode), rel=1e-6, abs=1e-6)
-    three = whole_tensors(ranks, lambda r: r[mode][1], dims)
-    close(whole_tensors(ranks, lambda r: r["one-micro"][1], dims), three, 1e-5)
+    three = helpers.whole_tensors(ranks, lambda r: r[mode][1], dims)
+    helpers.close(helpers.whole_tensors(ranks, lambda r: r["one-micro"][1], dims), three, 1e-5)
 
 
 @pytest.mark.parametrize("split", ["one", "tp", "tp-sp", "pp"])
@@ -174,7 +140,7 @@ def test_gradient_norm_is_that_of_the_gradient(measured, dims, split):
     """Each shard counts once and each copy once, the tied embedding's on two stages too."""
     for role in ROLES:
         ranks = [r[role] for r in measured(split)]
-        gradient = whole_tensors(ranks, lambda r: r[MODES[-1]][1], dims)
+        gradient = helpers.whole_tensors(ranks, lambda r: r[MODES[-1]][1], dims)
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
         assert ranks[0]["stats"]["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
@@ -183,7 +149,7 @@ def test_step_moves_every_parameter(measured, dims, models):
     """A parameter that no gradient reaches would pass every comparison above."""
     for role, folder in (("policy-tied", "tied"), ("policy-untied", "untied"), ("value", "tied")):
         before = helpers.checkpoint_tensors(models[folder])
-        after = whole_tensors([measured("one")[0][role]], lambda r: r["stepped"], dims)
+        after = helpers.whole_tensors([measured("one")[0][role]], lambda r: r["stepped"], dims)
         assert after.keys() - before.keys() == ({"value_head.weight"} if role == "value" else set())
         for name in before:
             assert name.startswith("lm_head") and role == "value" or not torch.equal(before[name], after[name]), name
@@ -264,7 +230,7 @@ def test_loss_and_gradient_equal_autograd_in_transformers(measured, models, dims
     for split in ("one", "tp-sp", "dp"):
         ranks = [r[role] for r in measured(split)]
         assert summed(ranks, MODES[0]) == pytest.approx(metrics, rel=1e-5, abs=1e-5)
-        close(whole_tensors(ranks, lambda r: r[MODES[0]][1], dims), gradients, 1e-4)
+        helpers.close(helpers.whole_tensors(ranks, lambda r: r[MODES[0]][1], dims), gradients, 1e-4)
 
 
 @pytest.mark.parametrize("split", list(IN_BF16))
@@ -276,6 +242,6 @@ def test_bfloat16_is_near_float32(measured, models, dims, split):
         expected = summed(one, MODES[0])
         for name, value in summed(ranks, MODES[0]).items():
             assert "clipfrac" in name or value == pytest.approx(expected[name], rel=0.05, abs=0.02), name
-        exact = whole_tensors(one, lambda r: r[MODES[0]][1], dims)
-        close(whole_tensors(ranks, lambda r: r[MODES[0]][1], dims), exact, 0.1)
+        exact = helpers.whole_tensors(one, lambda r: r[MODES[0]][1], dims)
+        helpers.close(helpers.whole_tensors(ranks, lambda r: r[MODES[0]][1], dims), exact, 0.1)
         assert ranks[0]["stats"]["grad_norm"] == pytest.approx(one[0]["stats"]["grad_norm"], rel=0.05)

@@ -183,6 +183,9 @@ for _role, _more in ((ACTOR, {}), ("critic", OWN_CRITIC), (REF, OWN_REF)):
     PPO_CASES |= {
         f"{_role}.megatron.tensor_model_parallel_size": (2, _more),
         f"{_role}.megatron.pipeline_model_parallel_size": (2, _more),
+        f"{_role}.megatron.virtual_pipeline_model_parallel_size": (
+            2, _more | {f"{_role}.megatron.pipeline_model_parallel_size": 2},
+        ),
         f"{_role}.megatron.sequence_parallel": (False, _more | {f"{_role}.megatron.tensor_model_parallel_size": 2}),
         f"{_role}.megatron.dtype": ("float32", _more),
         f"{_role}.megatron.transformer_impl": ("transformer_engine", _more),
@@ -210,6 +213,7 @@ SFT_CASES = {
     "optim.min_lr": (1e-9, {"optim.lr_decay_style": "cosine"}),
     "megatron.tensor_model_parallel_size": 2,
     "megatron.pipeline_model_parallel_size": 2,
+    "megatron.virtual_pipeline_model_parallel_size": (2, {"megatron.pipeline_model_parallel_size": 2}),
     "megatron.sequence_parallel": (False, {"megatron.tensor_model_parallel_size": 2}),
     "megatron.dtype": "float32",
     "megatron.transformer_impl": "transformer_engine",
