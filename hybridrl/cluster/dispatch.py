@@ -12,6 +12,10 @@ from typing import Any, Literal
 Mode = Literal["all", "first", "dp"]
 
 
+class ProcessDied(RuntimeError):
+    """A process of the run is gone and the run cannot go on without it. The message says which one."""
+
+
 class Shares(list):
     """One argument a data-parallel rank."""
 
@@ -75,6 +79,10 @@ class WorkerGroup:
     @staticmethod
     def _arguments(args: list, dp_rank: int) -> list:
         return [a[dp_rank] if isinstance(a, Shares) else a for a in args]
+
+    def check(self) -> None:
+        """ProcessDied if a rank's process is gone; for use while the ranks have nothing to do."""
+        self.executor.check()
 
     def shutdown(self) -> None:
         """Ends the ranks' processes."""
