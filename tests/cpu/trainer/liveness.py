@@ -114,6 +114,8 @@ class Pool:
 class Fleet:
     """Stands for the RolloutFleet."""
 
+    restarts = 0
+
     def __init__(self, log: list):
         self.log = log
 
