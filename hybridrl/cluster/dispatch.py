@@ -12,10 +12,6 @@ from typing import Any, Literal
 Mode = Literal["all", "first", "dp"]
 
 
-class ProcessDied(RuntimeError):
-    """A process of the run is gone and the run cannot go on without it. The message says which one."""
-
-
 class Shares(list):
     """One argument a data-parallel rank."""
 

@@ -11,7 +11,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from hybridrl.cluster.dispatch import ProcessDied
+from hybridrl.errors import ProcessDied
 
 # A rank whose peer died fails in its collective, often before Ray knows of the death itself.
 _CAUSE_S = 3.0

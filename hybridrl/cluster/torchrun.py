@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hybridrl.cluster.dispatch import ProcessDied
+from hybridrl.errors import ProcessDied
 
 _KEY = "hybridrl/calls"
 

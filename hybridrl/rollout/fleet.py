@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hybridrl.cluster.dispatch import ProcessDied
 from hybridrl.data.balance import karmarkar_karp
 from hybridrl.data.trajectories import Trajectories
+from hybridrl.errors import ProcessDied
 from hybridrl.rollout.sampling import SamplingSettings
 from hybridrl.rollout.server import ServerSettings, VllmServer, base_environment
 

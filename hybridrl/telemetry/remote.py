@@ -1,4 +1,4 @@
-"""Trackers of other programs: Weights & Biases, MLflow, Ray's Prometheus endpoint. Imported only by who asks for them.
+"""Trackers of other programs: Weights & Biases and MLflow. Imported only by who asks for them.
 
 Logging in is theirs: `wandb login` or WANDB_API_KEY, or WANDB_MODE=offline; MLFLOW_TRACKING_URI, else files in the run
 folder. A resumed run goes on in the same run of theirs: its id is kept in the run folder.
@@ -6,9 +6,7 @@ folder. A resumed run goes on in the same run of theirs: its id is kept in the r
 
 import importlib.util
 import os
-import re
 from pathlib import Path
-from typing import Any
 
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
 
@@ -73,31 +71,6 @@ class Mlflow:
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
-
-
-class RayMetrics:
-    """Gauges on Ray's Prometheus endpoint, where the driver is in a Ray session: hybridrl_ and the metric's name with
-    _ for what Prometheus does not take, tagged with project and experiment."""
-
-    def __init__(self, project: str, experiment: str):
-        self._tags = {"project": project, "experiment": experiment}
-        self._gauges: dict[str, Any] = {}
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        from ray.util.metrics import Gauge
-
-        for name, value in {"training/step": step, **metrics}.items():
-            if name not in self._gauges:
-                plain = "hybridrl_" + re.sub(r"\W", "_", name)
-                self._gauges[name] = Gauge(plain, description=name, tag_keys=tuple(self._tags))
-                self._gauges[name].set_default_tags(self._tags)
-            self._gauges[name].set(float(value))
-
-    def log_text(self, name: str, text: str, step: int) -> None:
-        """Prometheus has numbers only."""
-
-    def close(self) -> None:
-        """The gauges end with the driver."""
 
 
 def _kept_id(path: Path, resume_step: int | None) -> str | None:

@@ -19,7 +19,7 @@ import yaml
 from hybridrl.telemetry.console import StepConsole
 from hybridrl.telemetry.history import METRICS_FILE, read_records
 from hybridrl.telemetry.phases import hardware_line
-from hybridrl.telemetry.remote import Mlflow, RayMetrics, Wandb, check_installed
+from hybridrl.telemetry.remote import Mlflow, Wandb, check_installed
 
 BACKENDS = ("console", "file", "tensorboard", "wandb", "mlflow")
 # verl's names that mean the same here, and those that a user may reasonably expect.
@@ -106,8 +106,8 @@ class Trackers:
 
     loggers: names from trainer.logger. config_dict: the resolved config as plain dicts and lists, written to
     config.yaml. total_steps: for the progress bar. resume_step: the step of the checkpoint that the run continues
-    from, None for a new run. hardware: one line for the report, by default this machine's. on_ray: also as gauges
-    of the Ray session that this process is in. ValueError for an unknown logger, before anything is written.
+    from, None for a new run. hardware: one line for the report, by default this machine's. others: further
+    trackers, with log, log_text and close. ValueError for an unknown logger, before anything is written.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Trackers:
         resume_step: int | None = None,
         hardware: str | None = None,
         stream: TextIO | None = None,
-        on_ray: bool = False,
+        others: list[Any] | None = None,
     ):
         names = check_loggers(loggers)
         self.run_dir = Path(run_dir)
@@ -133,7 +133,7 @@ class Trackers:
             (self.run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
         self._file = MetricsFile(self.run_dir / METRICS_FILE, resume_step)
         about = (self.run_dir, project_name, experiment_name, config_dict, resume_step)
-        self._others: list[Any] = [RayMetrics(project_name, experiment_name)] if on_ray else []
+        self._others: list[Any] = list(others or [])
         if "tensorboard" in names:
             self._others.append(TensorBoard(self.run_dir / "tensorboard", resume_step))
         self._others += [kind(*about) for name, kind in (("wandb", Wandb), ("mlflow", Mlflow)) if name in names]

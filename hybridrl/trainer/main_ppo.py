@@ -20,8 +20,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def exit_status(run, argv: list[str]) -> int:
     """Calls run(argv) and turns the user's mistakes, dead processes, Ctrl-C and SIGTERM into a message and a status."""
-    from hybridrl.cluster.dispatch import ProcessDied
     from hybridrl.config import ConfigError
+    from hybridrl.errors import ProcessDied
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's kill cleans up like Ctrl-C
@@ -68,7 +68,7 @@ def run(argv: list[str]) -> None:
 
 def train(resolved, tree: dict) -> None:
     """Runs a resolved configuration: data first, then the processes, then the loop, then the report."""
-    from hybridrl.cluster.dispatch import ProcessDied
+    from hybridrl.errors import ProcessDied
     from hybridrl.plan_table import plan_rows
     from hybridrl.rewards.manager import RewardManager
     from hybridrl.telemetry import report
@@ -109,7 +109,7 @@ def train(resolved, tree: dict) -> None:
                 config_dict=tree,
                 total_steps=total,
                 resume_step=resume_step,
-                on_ray=trainer.executor == "ray",
+                others=ray_trackers(trainer),
             )
             try:
                 validator = make_validator(resolved, val_data, tokenizer, rewards)
@@ -125,6 +125,15 @@ def train(resolved, tree: dict) -> None:
         rewards.close()
     if trainer.report:
         print(f"report: {report.build(trainer.default_local_dir)}")
+
+
+def ray_trackers(trainer) -> list:
+    """The tracker of the Ray session, where there is one."""
+    if trainer.executor != "ray":
+        return []
+    from hybridrl.cluster.prometheus import RayMetrics
+
+    return [RayMetrics(trainer.project_name, trainer.experiment_name)]
 
 
 def load_data(resolved):

@@ -264,7 +264,7 @@ def _run_ppo(resolved, log: list, patch) -> None:
         return folder
 
     patch.setattr(cluster_setup, "running", running)
-    patch.setattr(cluster_ray, "connect", lambda *arguments: log.append(("connect", arguments)))
+    patch.setattr(cluster_ray, "_connect", lambda *arguments: log.append(("connect", arguments)))
     patch.setattr(ray, "shutdown", lambda: None)
     patch.setattr(manager, "RewardManager", lambda **arguments: Rewards(log, **arguments))
     patch.setattr(report, "build", lambda folder: log.append("report"))

@@ -14,6 +14,7 @@ import pytest
 from test_end_to_end import arguments, leftovers, metrics, run, start, world  # noqa: F401
 
 MAIN = "hybridrl.trainer.main_ppo"
+QUICK = ["trainer.total_training_steps=500", "trainer.val_before_train=false", "algorithm.adv_estimator=grpo"]
 LONG = ["data.max_response_length=192", "actor_rollout_ref.rollout.num_replicas=2", "algorithm.adv_estimator=grpo"]
 
 
@@ -26,7 +27,7 @@ def no_run_outlives_its_test():
             process.wait(60)
 
 
-def wait_for_file(process, path: Path, seconds: float = 180) -> None:
+def wait_for_file(process, path: Path, seconds: float = 420) -> None:
     deadline = time.time() + seconds
     while time.time() < deadline and not path.exists():
         assert process.poll() is None, process.stdout.read()[-6000:]
@@ -70,7 +71,7 @@ def test_a_killed_engine_is_replaced_and_changes_nothing(world, tmp_path):  # no
 
 
 def test_a_killed_rank_ends_the_run_which_resumes(world, tmp_path):  # noqa: F811
-    args = arguments(world, tmp_path / "run", "trainer.save_freq=1", "trainer.total_training_steps=500")
+    args = arguments(world, tmp_path / "run", "trainer.save_freq=1", *QUICK)
     process = start(MAIN, args)
     wait_for_file(process, tmp_path / "run/latest_checkpointed_iteration.txt")
     of_run(process.mark, "ray::actor-1-")[0].kill()
@@ -86,7 +87,7 @@ def test_a_killed_rank_ends_the_run_which_resumes(world, tmp_path):  # noqa: F81
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 def test_a_signal_ends_every_process(world, tmp_path, sent):  # noqa: F811
-    process = start(MAIN, arguments(world, tmp_path / "run", "trainer.total_training_steps=500"))
+    process = start(MAIN, arguments(world, tmp_path / "run", *QUICK))
     wait_for_file(process, tmp_path / "run/rollouts/step_1.parquet")
     os.kill(process.pid, sent)
     out, _ = process.communicate(timeout=60)

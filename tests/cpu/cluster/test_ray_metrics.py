@@ -3,6 +3,7 @@
 import time
 import urllib.request
 
+from hybridrl.cluster.prometheus import RayMetrics
 from hybridrl.telemetry.trackers import Trackers
 
 
@@ -12,7 +13,8 @@ def test_metrics_are_on_rays_endpoint(tmp_path):
     ray.init(num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20,
              _metrics_export_port=0, _system_config={"metrics_report_interval_ms": 500})  # fmt: skip
     try:
-        trackers = Trackers([], tmp_path, "my-project", "run-1", hardware="a machine", on_ray=True)
+        gauges = RayMetrics("my-project", "run-1")
+        trackers = Trackers([], tmp_path, "my-project", "run-1", hardware="a machine", others=[gauges])
         trackers.log({"critic/score/mean": 0.625, "val-core/a/acc/mean@1": 0.25}, 3)
         port = ray.nodes()[0]["MetricsExportPort"]
         assert port
