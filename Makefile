@@ -1,5 +1,6 @@
 # make quickstart   install, then train a small model with PPO from end to end on this machine
 # make test         install if needed, lint, every CPU test
+# make test-extra   tests of what hybridrl can use and does not install: W&B, MLflow (fetched into build/extra)
 SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -9,7 +10,7 @@ OUT ?= runs/quickstart
 unexport PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE := 1
 
-.PHONY: setup quickstart test lint docs clean
+.PHONY: setup quickstart test test-extra lint docs clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +26,10 @@ lint: setup
 
 test: lint
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pytest --no-header tests
+
+test-extra: setup
+	$(PY) -m pip install -q --upgrade --target build/extra wandb mlflow-skinny
+	@HYBRIDRL_EXTRA="$(abspath build/extra)" $(PY) -m pytest --no-header tests/extra
 
 docs: setup
 	$(PY) -m hybridrl.config > docs/config_keys.md

@@ -274,9 +274,18 @@ class Trainer:
     project_name: str = key("verl_examples", "Names the run folder and the trackers' project.")
     experiment_name: str = key("gsm8k", "Names the run folder and the trackers' run.")
     default_local_dir: str | None = key(None, "Run folder. None: checkpoints/PROJECT/EXPERIMENT.")
-    logger: list[str] = key(["console"], "Trackers: console, file, tensorboard. metrics.jsonl is always written.")
+    logger: list[str] = key(
+        ["console"], "Trackers: console, file, tensorboard, wandb, mlflow. metrics.jsonl is always written."
+    )
     device: Literal["auto", "cuda", "cpu"] = key("auto", "Where training runs. auto: CUDA if a GPU is there.")
-    executor: Literal["ray", "local"] = key("ray", "ray, or local: one process, one rank, no Ray, for a debugger.")
+    executor: Literal["ray", "local", "torchrun"] = key(
+        "ray", "ray; torchrun: its ranks, rank 0 drives; local: one process, one rank, no Ray, for a debugger."
+    )
+    debug: Literal["rollout", "train", "replay"] | None = key(
+        None,
+        "rollout: only generate, with model.path's weights, and write rollout_data_dir; train: train on the tables in"
+        " rollout_data_dir, without vLLM; replay: the same with rewards computed anew. No validation in all three.",
+    )
     n_gpus_per_node: int = key(8, "Training ranks a node (GPUs; on CPU, processes).")
     nnodes: int = key(1, "Nodes.")
     cpu_ranks_max: int = key(8, "On CPU: the most ranks that n_gpus_per_node may ask for.")
@@ -347,7 +356,7 @@ class SFTTrainer:
     project_name: str = key("gsm8k-sft", "Names the run folder and the trackers' project.")
     experiment_name: str = key("test", "Names the run folder and the trackers' run.")
     default_local_dir: str | None = key(None, "Run folder. None: checkpoints/PROJECT/EXPERIMENT.")
-    logger: list[str] = key(["console"], "Trackers: console, file, tensorboard.")
+    logger: list[str] = key(["console"], "Trackers: console, file, tensorboard, wandb, mlflow.")
     device: Literal["auto", "cuda", "cpu"] = key("auto", "Where training runs. auto: CUDA if a GPU is there.")
     total_epochs: int = key(1, "Passes over the samples.")
     total_training_steps: int | None = key(None, "Steps. None: total_epochs worth of them.")

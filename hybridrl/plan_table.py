@@ -141,7 +141,7 @@ def unused_keys(resolved: Resolved) -> list[str]:
         off += ["*.free_cache_engine", "*.enable_chunked_prefill", "*.grad_offload", "*.optimizer_offload"]
     else:
         off += ["*.cpu_kvcache_gib", "trainer.cpu_ranks_max"]
-    if config.trainer.executor == "local":
+    if config.trainer.executor != "ray":
         off += ["ray_kwargs.*"]
     return sorted(key for key in config.explicit if any(fnmatchcase(key, pattern) for pattern in off))
 

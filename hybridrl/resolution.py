@@ -306,7 +306,7 @@ def _rollout_plan(config: PPOConfig, machine: Machine, actor: Role) -> RolloutPl
             )
         return RolloutPlan(own(rollout.num_replicas, own(pool, 1)), 1, 0, pool is None)
     gpus = own(pool, actor.ranks)
-    replicas = own(rollout.num_replicas, gpus // tp)
+    replicas = own(rollout.num_replicas, gpus // tp if config.trainer.executor == "ray" else 1)
     if gpus % tp or not 1 <= replicas <= gpus // tp:
         raise ConfigError(
             f"actor_rollout_ref.rollout.tensor_model_parallel_size={tp} x num_replicas={replicas}: the pool has {gpus}"
@@ -342,6 +342,7 @@ def _batch_plan(config: PPOConfig) -> BatchPlan:
 def _fits(resolved: Resolved) -> None:
     """More ranks than the machine has is an error here. A cluster's nodes are Ray's to count."""
     trainer, machine = resolved.config.trainer, resolved.machine
+    _fits_torchrun(trainer)
     if machine.device == "cpu" and trainer.n_gpus_per_node > trainer.cpu_ranks_max:
         raise ConfigError(
             f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}: on CPU it counts ranks, and trainer.cpu_ranks_max="
@@ -363,6 +364,25 @@ def _fits(resolved: Resolved) -> None:
                 f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}{extra} asks for {wanted} GPUs and this machine has "
                 f"{machine.gpus}; lower it, join a cluster (ray_kwargs.ray_init.address), or set trainer.device=cpu"
             )
+
+
+def _fits_torchrun(trainer: Any) -> None:
+    started = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun sets it
+    if trainer.executor != "torchrun":
+        if started:
+            raise ConfigError(f"trainer.executor={trainer.executor} under torchrun: set trainer.executor=torchrun")
+        return
+    if not started:
+        raise ConfigError(
+            "trainer.executor=torchrun: start it as `torchrun --nproc_per_node N -m hybridrl.trainer.main_ppo ...`"
+            " (launch/torchrun.sh with MODULE=hybridrl.trainer.main_ppo)"
+        )
+    world, ranks = int(os.environ["WORLD_SIZE"]), trainer.nnodes * trainer.n_gpus_per_node
+    if world != ranks:
+        raise ConfigError(
+            f"trainer.nnodes={trainer.nnodes} x trainer.n_gpus_per_node={trainer.n_gpus_per_node} = {ranks} and"
+            f" torchrun started {world} ranks: make them equal"
+        )
 
 
 def _resolve_sft(config: SFTConfig, machine: Machine, world: int) -> ResolvedSFT:

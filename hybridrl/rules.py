@@ -14,7 +14,7 @@ from hybridrl.config import ConfigError, PPOConfig, SFTConfig, leaves
 from hybridrl.resolution import fill_megatron, mini_batch_prompts, needs_reference, own, ranks_of_actor
 
 ARR = "actor_rollout_ref"
-TRACKERS = ("console", "file", "tensorboard")
+TRACKERS = ("console", "file", "tensorboard", "wandb", "mlflow")
 WHOLE = ("model", "optimizer", "extra")  # what a checkpoint always holds
 
 # What roles in one process have in common: Megatron's parallel state and random number generators are one a process.
@@ -354,17 +354,25 @@ def _overrides(name: str, megatron: Any) -> Iterator[str]:
 def _trainer(config: PPOConfig) -> Iterator[str]:
     trainer = config.trainer
     yield from _trackers(trainer.logger)
-    if trainer.executor == "local":
+    if trainer.executor != "ray":
         if (engines := config.actor_rollout_ref.rollout.num_replicas or 1) > 1:
-            yield f"trainer.executor=local has one engine and {ARR}.rollout.num_replicas={engines}; leave one out"
-        if ranks_of_actor(config) > 1:
+            yield (
+                f"trainer.executor={trainer.executor} has one engine and {ARR}.rollout.num_replicas={engines}; leave"
+                " one out"
+            )
+        if trainer.executor == "local" and ranks_of_actor(config) > 1:
             yield (
                 f"trainer.executor=local is one process, and trainer.n_gpus_per_node={trainer.n_gpus_per_node} x"
                 f" trainer.nnodes={trainer.nnodes} asks for {ranks_of_actor(config)}: set both to 1"
             )
         for key in ("critic", "ref", "rollout"):
             if get(trainer.placement, key) is not None:
-                yield f"trainer.placement.{key} and trainer.executor=local, which is one process; leave one out"
+                yield (
+                    f"trainer.placement.{key} and trainer.executor={trainer.executor}, which has one pool; leave one"
+                    " out"
+                )
+    if trainer.debug and trainer.val_only:
+        yield f"trainer.debug={trainer.debug} has no validation: leave out trainer.val_only"
     if trainer.resume_mode == "resume_path" and not trainer.resume_from_path:
         yield "trainer.resume_mode=resume_path needs trainer.resume_from_path=.../global_step_N"
     if trainer.resume_mode != "resume_path" and trainer.resume_from_path:

@@ -3,6 +3,7 @@
 #   launch/torchrun.sh 2 data.train_files=sft.parquet model.path=MODEL megatron.tensor_model_parallel_size=2
 # Several machines: run it on each, with the same command, and
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host-of-node-0 MASTER_PORT=29500 launch/torchrun.sh 8 ...
+# MODULE=hybridrl.trainer.main_ppo runs PPO instead, with rank 0 driving (trainer.executor=torchrun).
 # PYTHON names the interpreter (default: python).
 set -euo pipefail
 
@@ -21,4 +22,4 @@ else
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 exec "${PYTHON:-python}" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$ranks" \
-    -m hybridrl.trainer.main_sft "$@"
+    -m "${MODULE:-hybridrl.trainer.main_sft}" "$@"

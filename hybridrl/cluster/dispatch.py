@@ -76,6 +76,10 @@ class WorkerGroup:
     def _arguments(args: list, dp_rank: int) -> list:
         return [a[dp_rank] if isinstance(a, Shares) else a for a in args]
 
+    def check(self) -> None:
+        """ProcessDied if a rank's process is gone; for use while the ranks have nothing to do."""
+        self.executor.check()
+
     def shutdown(self) -> None:
         """Ends the ranks' processes."""
         self.executor.shutdown()

@@ -21,5 +21,8 @@ class LocalExecutor:
     def wait(self, pending: list) -> list:
         return pending
 
+    def check(self) -> None:
+        """The one rank lives as long as this process."""
+
     def shutdown(self) -> None:
         self.worker.close()

@@ -2,12 +2,19 @@
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from hybridrl.errors import ProcessDied
+
+# A rank whose peer died fails in its collective, often before Ray knows of the death itself.
+_CAUSE_S = 3.0
 
 # Actors must not inherit the driver's thread settings, and a dead driver must take them along.
 _COMMON_ENV = {"TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
@@ -17,7 +24,10 @@ _COMMON_ENV = {"TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"
 def session(address: str | None, num_cpus: int | None, need_cpus: int, local_gpus: int) -> Iterator[None]:
     """Joins a cluster (`address` or RAY_ADDRESS) or starts a local Ray with at least `need_cpus` CPUs, and leaves or
     ends it on the way out."""
+    at_sigterm = signal.getsignal(signal.SIGTERM)
     _connect(address or os.environ.get("RAY_ADDRESS"), num_cpus or max(os.cpu_count() or 1, need_cpus), local_gpus)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, at_sigterm)  # Ray has put its own in place
     try:
         yield
     finally:
@@ -43,20 +53,26 @@ def _connect(address: str | None, cpus: int, gpus: int) -> None:
 
 
 class RayExecutor:
-    """Ranks of a pool as Ray actors. ValueError before anything starts when the cluster is too small."""
+    """Ranks of a pool as Ray actors. ValueError before anything starts when the cluster is too small.
 
-    def __init__(self, worker_class: type, settings: Any, name: str, nnodes: int = 1, timeout: float = 120.0):
-        self.world, cuda = settings.world, settings.device == "cuda"
-        bundle = {"CPU": 1.0, **({"GPU": 1.0} if cuda else {})}
-        self._check_resources(bundle, name)
-        self.group = placement_group([bundle] * self.world, strategy="PACK" if nnodes > 1 else "STRICT_PACK", name=name)
+    nnodes: so many nodes have the same number of ranks each, neighbours together; None: on few nodes, any of them.
+    """
+
+    def __init__(self, worker_class: type, settings: Any, name: str, nnodes: int | None = 1, timeout: float = 120.0):
+        self.name, self.world, cuda = name, settings.world, settings.device == "cuda"
+        together = self.world // nnodes if nnodes and nnodes > 1 else 1  # ranks a bundle
+        bundle = {"CPU": float(together), **({"GPU": float(together)} if cuda else {})}
+        bundles = [bundle] * (self.world // together)
+        self._check_resources(bundle, len(bundles), name)
+        strategy = "PACK" if nnodes is None else "STRICT_SPREAD" if nnodes > 1 else "STRICT_PACK"
+        self.group = placement_group(bundles, strategy=strategy, name=name)
         try:
             ray.get(self.group.ready(), timeout=timeout)
         except ray.exceptions.GetTimeoutError:
             remove_placement_group(self.group)
             raise ValueError(
-                f"Ray could not place pool {name!r} ({self.world} bundles of {bundle}) within {timeout:.0f} s: "
-                f"available now {_short(ray.available_resources())}. Mend: free resources, or lower "
+                f"Ray could not place pool {name!r} ({len(bundles)} bundles of {bundle}, {strategy}) within"
+                f" {timeout:.0f} s: available now {_short(ray.available_resources())}. Mend: free resources, or lower "
                 "trainer.n_gpus_per_node or trainer.nnodes."
             ) from None
         env = {**_COMMON_ENV, "OMP_NUM_THREADS": str(settings.threads)}
@@ -65,18 +81,18 @@ class RayExecutor:
             options = dict(
                 num_cpus=1,
                 num_gpus=1 if cuda else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, rank // together),
                 runtime_env={"env_vars": env},
                 name=f"{name}-{rank}-{os.getpid()}",
             )
             self.actors.append(ray.remote(_Rank).options(**options).remote(worker_class, rank, settings))
 
-    def _check_resources(self, bundle: dict[str, float], name: str) -> None:
+    def _check_resources(self, bundle: dict[str, float], count: int, name: str) -> None:
         total = ray.cluster_resources()
         for kind, each in bundle.items():
-            if total.get(kind, 0.0) < each * self.world:
+            if total.get(kind, 0.0) < each * count:
                 raise ValueError(
-                    f"pool {name!r} needs {each * self.world:.0f} {kind}s, Ray has {total.get(kind, 0):.0f}. "
+                    f"pool {name!r} needs {each * count:.0f} {kind}s, Ray has {total.get(kind, 0):.0f}. "
                     "Mend: lower trainer.n_gpus_per_node, trainer.nnodes or trainer.placement, or add nodes."
                 )
 
@@ -87,12 +103,41 @@ class RayExecutor:
         return self.actors[rank].run.remote(name, *args)
 
     def wait(self, pending: list) -> list:
-        """Results in order. The first failure is raised at once: the other ranks may hang in a collective with it."""
+        """Results, in the order of ranks. The first failure is raised at once: the other ranks may hang in a collective
+        with it. ProcessDied names the ranks whose processes are gone."""
         left = list(pending)
         while left:
             done, left = ray.wait(left, num_returns=1)
-            ray.get(done)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayError as error:
+                self._raise_dead(pending, error)
+                raise
         return ray.get(pending)
+
+    def check(self) -> None:
+        """ProcessDied if a rank's process is gone. Does not wait for ranks that are at work."""
+        pings = [actor.__ray_ready__.remote() for actor in self.actors]
+        ray.wait(pings, num_returns=len(pings), timeout=0.5)
+        self._raise_dead(pings, None, wait=0)
+
+    def _raise_dead(self, pending: list, error: Exception | None, wait: float = _CAUSE_S) -> None:
+        done, _ = ray.wait(pending, num_returns=len(pending), timeout=wait)
+        dead = {}
+        for rank, ref in enumerate(pending):
+            if ref in done:
+                try:
+                    ray.get(ref)
+                except ray.exceptions.RayActorError as death:
+                    dead[rank] = str(death).strip().splitlines()
+                except ray.exceptions.RayError:
+                    pass
+        if dead:
+            ranks = ", ".join(map(str, dead))
+            why = next(iter(dead.values()))
+            raise ProcessDied(
+                f"rank {ranks} of pool {self.name!r} died (killed, out of memory, or a crash). Ray: {' '.join(why[:4])}"
+            ) from error
 
     def shutdown(self) -> None:
         for actor in self.actors:

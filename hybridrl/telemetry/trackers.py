@@ -1,4 +1,5 @@
-"""Where a run's metrics and samples go: the terminal, metrics.jsonl, TensorBoard; by the names of `trainer.logger`.
+"""Where a run's metrics and samples go: the terminal, metrics.jsonl, TensorBoard and those of remote.py; by the names
+of `trainer.logger`.
 
 The run folder is written here: metrics.jsonl (always: report and gate read it), tensorboard/, config.yaml, run.json,
 validation/step_N.parquet.
@@ -18,22 +19,25 @@ import yaml
 from hybridrl.telemetry.console import StepConsole
 from hybridrl.telemetry.history import METRICS_FILE, read_records
 from hybridrl.telemetry.phases import hardware_line
+from hybridrl.telemetry.remote import Mlflow, Wandb, check_installed
 
-BACKENDS = ("console", "file", "tensorboard")
+BACKENDS = ("console", "file", "tensorboard", "wandb", "mlflow")
 # verl's names that mean the same here, and those that a user may reasonably expect.
-NOT_YET = ("wandb", "mlflow", "swanlab", "vemlp_wandb", "clearml", "trackio")
+NOT_YET = ("swanlab", "vemlp_wandb", "clearml", "trackio")
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 
 
 def check_loggers(loggers: list[str] | tuple[str, ...] | str) -> list[str]:
-    """The names as a list; ValueError naming trainer.logger and the choices if one of them is no tracker."""
+    """The names as a list; ValueError naming trainer.logger and the choices if one of them is no tracker,
+    or the package to install."""
     names = [loggers] if isinstance(loggers, str) else list(loggers)
     for name in names:
         if name not in BACKENDS:
             known = f"trainer.logger takes any of {', '.join(BACKENDS)}"
             why = "is not there yet" if name in NOT_YET else "is no tracker"
             raise ValueError(f"trainer.logger: {name!r} {why}; {known} (metrics.jsonl is always written)")
+        check_installed(name)
     return names
 
 
@@ -102,8 +106,8 @@ class Trackers:
 
     loggers: names from trainer.logger. config_dict: the resolved config as plain dicts and lists, written to
     config.yaml. total_steps: for the progress bar. resume_step: the step of the checkpoint that the run continues
-    from, None for a new run. hardware: one line for the report, by default this machine's. ValueError for an unknown
-    logger, before anything is written.
+    from, None for a new run. hardware: one line for the report, by default this machine's. others: further
+    trackers, with log, log_text and close. ValueError for an unknown logger, before anything is written.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class Trackers:
         resume_step: int | None = None,
         hardware: str | None = None,
         stream: TextIO | None = None,
+        others: list[Any] | None = None,
     ):
         names = check_loggers(loggers)
         self.run_dir = Path(run_dir)
@@ -127,7 +132,11 @@ class Trackers:
             text = yaml.safe_dump(config_dict, sort_keys=False, allow_unicode=True)
             (self.run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
         self._file = MetricsFile(self.run_dir / METRICS_FILE, resume_step)
-        self._board = TensorBoard(self.run_dir / "tensorboard", resume_step) if "tensorboard" in names else None
+        about = (self.run_dir, project_name, experiment_name, config_dict, resume_step)
+        self._others: list[Any] = list(others or [])
+        if "tensorboard" in names:
+            self._others.append(TensorBoard(self.run_dir / "tensorboard", resume_step))
+        self._others += [kind(*about) for name, kind in (("wandb", Wandb), ("mlflow", Mlflow)) if name in names]
         self._console = StepConsole(total_steps, stream) if "console" in names else None
         if self._console is not None:
             self._console.start(resume_step or 0)
@@ -141,13 +150,14 @@ class Trackers:
         """One step's metrics to every tracker; numbers, NumPy scalars or tensors of one element."""
         numbers = {name: scalar(name, value) for name, value in metrics.items()}
         self._file.log(numbers, step)
-        if self._board is not None:
-            self._board.log(numbers, step)
+        for other in self._others:
+            other.log(numbers, step)
         if self._console is not None:
             self._console.log(numbers, step)
 
     def log_samples(self, samples: dict[str, list] | pa.Table, step: int, show: int = 1) -> Path:
-        """A validation's generations to validation/step_N.parquet; the first `show` also to terminal and TensorBoard.
+        """A validation's generations to validation/step_N.parquet; the first `show` also to the terminal and to the
+        trackers that take text.
 
         Columns: prompt, response, ground_truth, data_source (strings), score, acc (float); more pass through. Returns
         the file's path.
@@ -162,16 +172,17 @@ class Trackers:
             truth, score = row.get("ground_truth"), row.get("score")
             if self._console is not None:
                 self._console.sample(f"validation, step {step}", row["prompt"], row["response"], truth, score)
-            if self._board is not None:
-                text = f"prompt\n{row['prompt']}\n\nresponse\n{row['response']}\n\nexpected {truth}, score {score}"
-                self._board.log_text(f"validation/sample_{number}", text, step)
+            text = f"prompt\n{row['prompt']}\n\nresponse\n{row['response']}\n\nexpected {truth}, score {score}"
+            for other in self._others:
+                other.log_text(f"validation/sample_{number}", text, step)
         return path
 
     def finish(self) -> None:
         """Close the files and take the progress bar down; safe to call twice."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for other in self._others:
+            other.close()
+        self._others.clear()
         if self._console is not None:
             self._console.close()
 

@@ -3,9 +3,7 @@
 import contextlib
 import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,11 @@ from hybridrl.trainer.worker import TrainWorker
 
 @dataclass
 class Parts:
-    """What the loop drives. `publish_dir` holds the weights on their way to the rollout engine."""
+    """What the loop drives. `publish_dir` holds the weights on their way to the rollout engine. No groups with
+    trainer.debug=rollout, no fleet with train and replay."""
 
     groups: dict[str, WorkerGroup]
-    fleet: RolloutFleet
+    fleet: RolloutFleet | None
     publish_dir: str
 
     def group_of(self, resolved: Resolved, role: str) -> WorkerGroup:
@@ -31,12 +30,8 @@ class Parts:
 
 @contextlib.contextmanager
 def running(resolved: Resolved, total_steps: int) -> Iterator[Parts]:
-    """Starts everything, and ends every process of it on the way out, whatever happened inside.
-
-    SIGTERM is answered like Ctrl-C, so that a scheduler's kill cleans up, too.
-    """
+    """Starts everything, and ends every process of it on the way out, whatever happened inside."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_sigterm_as_interrupt())
         executor = resolved.config.trainer.executor
         if executor == "ray":
             stack.enter_context(_ray(resolved))
@@ -46,23 +41,34 @@ def running(resolved: Resolved, total_steps: int) -> Iterator[Parts]:
         for name, pool in settings.pools(resolved, total_steps).items():
             groups[name] = WorkerGroup(_executor(resolved, name, pool), TrainWorker)
             stack.callback(groups[name].shutdown)
-        fleet = _fleet(resolved, groups["actor"])
-        stack.callback(fleet.shutdown)
+        fleet = None
+        if not settings.recorded(resolved):
+            fleet = _fleet(resolved, groups.get("actor"))
+            stack.callback(fleet.shutdown)
         _start(resolved, groups, fleet)
+
+        def watch() -> None:
+            for group in groups.values():
+                group.check()
+
+        if fleet:
+            fleet.watch = watch
         yield Parts(groups, fleet, publish_dir)
 
 
-def _start(resolved: Resolved, groups: dict[str, WorkerGroup], fleet: RolloutFleet) -> None:
+def _start(resolved: Resolved, groups: dict[str, WorkerGroup], fleet: RolloutFleet | None) -> None:
     """On a GPU vLLM measures free memory when it starts, so it starts first and sleeps before the trainer allocates. On
     the CPU both start together: neither measures anything."""
     if resolved.machine.device == "cpu" and resolved.config.trainer.executor == "ray":
         waits = [(group, group.submit("setup", group.rendezvous())) for group in groups.values()]
-        fleet.start()
+        if fleet:
+            fleet.start()
         for group, wait in waits:
             group.coords = wait()
         return
-    fleet.start()
-    if resolved.config.actor_rollout_ref.rollout.free_cache_engine and resolved.rollout.colocated:
+    if fleet:
+        fleet.start()
+    if fleet and groups and settings.sleeps(resolved):
         fleet.sleep()
     for group in groups.values():
         group.start()
@@ -73,9 +79,15 @@ def _executor(resolved: Resolved, name: str, pool):
         from hybridrl.cluster.local import LocalExecutor
 
         return LocalExecutor(TrainWorker, pool)
+    if resolved.config.trainer.executor == "torchrun":
+        from hybridrl.cluster.torchrun import TorchrunExecutor
+
+        return TorchrunExecutor(TrainWorker, pool, name)
     from hybridrl.cluster.ray import RayExecutor
 
-    return RayExecutor(TrainWorker, pool, name, resolved.config.trainer.nnodes)
+    nnodes = resolved.config.trainer.nnodes
+    # Pools of their own are counted in ranks, not in nodes.
+    return RayExecutor(TrainWorker, pool, name, nnodes if name == "actor" or nnodes == 1 else None)
 
 
 def _ray(resolved: Resolved) -> contextlib.AbstractContextManager:
@@ -86,22 +98,29 @@ def _ray(resolved: Resolved) -> contextlib.AbstractContextManager:
     return session(init.address, init.num_cpus, ranks + resolved.rollout.replicas, resolved.machine.gpus)
 
 
-def _fleet(resolved: Resolved, actor: WorkerGroup) -> RolloutFleet:
+def _fleet(resolved: Resolved, actor: WorkerGroup | None) -> RolloutFleet:
     """Replicas on the GPUs of the training ranks (colocated), in a pool of their own, or anywhere on the CPU."""
     replicas, tp = resolved.rollout.replicas, resolved.rollout.tp
     env: list[dict[str, str]] = [{} for _ in range(replicas)]
     scheduling: list = [None] * replicas
     if resolved.machine.device == "cuda" and resolved.config.trainer.executor == "ray":
-        if resolved.rollout.colocated:
+        if resolved.rollout.colocated and actor:
             env, scheduling = _on_ranks(actor.where(), replicas, tp)
         else:
             from hybridrl.cluster.ray import own_gpus
 
             env, scheduling = own_gpus(replicas, tp)
+    elif resolved.config.trainer.executor == "ray" and resolved.config.trainer.nnodes > 1 and actor:
+        from hybridrl.cluster.ray import on_node
+
+        nodes = list(dict.fromkeys(rank["node"] for rank in actor.where()))
+        scheduling = [on_node(nodes[i % len(nodes)]) for i in range(replicas)]
+    elif resolved.config.trainer.executor == "torchrun":
+        env = [{"TORCHELASTIC_USE_AGENT_STORE": ""}]  # the engine's own groups are none of torchrun's
     return RolloutFleet(
         settings.server(resolved),
         replicas,
-        executor=resolved.config.trainer.executor,
+        executor="ray" if resolved.config.trainer.executor == "ray" else "local",
         env=env,
         scheduling=scheduling,
     )
@@ -127,19 +146,3 @@ def _publish_dir(resolved: Resolved) -> str:
         return tempfile.mkdtemp(prefix=".weights-", dir=parent)
     shm = "/dev/shm"
     return tempfile.mkdtemp(prefix="hybridrl-", dir=shm if os.access(shm, os.W_OK) else None)
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -100,9 +100,10 @@ class Generation:
         with self.timer("gen"):
             requests = repeat(prompts, uids, self.settings.n)
             responses = self.fleet.generate(requests, self.settings.sampling, step)
-        return self._scored(join(requests, responses))
+        return self.scored(join(requests, responses))
 
-    def _scored(self, batch: Trajectories) -> tuple[Trajectories, dict[str, float]]:
+    def scored(self, batch: Trajectories) -> tuple[Trajectories, dict[str, float]]:
+        """The samples with their scores, the over-long penalty taken off, and the reward processes' metrics."""
         with self.timer("reward"):
             batch, numbers = score(batch, self.tokenizer, self.rewards)
         if over := self.settings.overlong:
@@ -149,7 +150,7 @@ class Generation:
         requests = first.select([*self.loader.dataset.table.column_names, "uid", "sample"])
         with self.timer("gen_max"):
             responses = self.fleet.generate(requests, self.settings.greedy, step)
-        greedy, _ = self._scored(join(requests, responses))
+        greedy, _ = self.scored(join(requests, responses))
         return batch.with_columns(reward_baseline=np.repeat(greedy.scalars("score").astype(np.float32), n))
 
 

@@ -7,7 +7,10 @@
 (nothing was started), 130 interrupted, 1 anything else.
 """
 
+import os
+import signal
 import sys
+import threading
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,11 +19,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def exit_status(run, argv: list[str]) -> int:
-    """Calls run(argv) and turns the user's mistakes and Ctrl-C into a message and a status."""
+    """Calls run(argv) and turns the user's mistakes, dead processes, Ctrl-C and SIGTERM into a message and a status."""
     from hybridrl.config import ConfigError
+    from hybridrl.errors import ProcessDied
 
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's kill cleans up like Ctrl-C
     try:
         run(argv)
+    except ProcessDied as error:
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 1
     except ConfigError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         return 2
@@ -35,6 +44,10 @@ def exit_status(run, argv: list[str]) -> int:
     return 0
 
 
+def _interrupt(signum, frame) -> None:
+    raise KeyboardInterrupt
+
+
 def run(argv: list[str]) -> None:
     """The run that a command line asks for. ConfigError (a ValueError) before anything starts or is written."""
     from hybridrl.config import PPOConfig
@@ -46,17 +59,22 @@ def run(argv: list[str]) -> None:
     from hybridrl.trainer.preflight import check_inputs
 
     check_inputs(resolved)
+    if config.trainer.executor == "torchrun" and int(os.environ["RANK"]) > 0:
+        from hybridrl.cluster.torchrun import serve
+
+        return serve()
     train(resolved, tree)
 
 
 def train(resolved, tree: dict) -> None:
     """Runs a resolved configuration: data first, then the processes, then the loop, then the report."""
+    from hybridrl.errors import ProcessDied
     from hybridrl.plan_table import plan_rows
     from hybridrl.rewards.manager import RewardManager
     from hybridrl.telemetry import report
     from hybridrl.telemetry.console import print_table
     from hybridrl.telemetry.trackers import Trackers, check_loggers
-    from hybridrl.trainer import checkpoints, settings
+    from hybridrl.trainer import checkpoints, debug, settings
     from hybridrl.trainer.cluster_setup import running
     from hybridrl.trainer.ppo import PPOTrainer
 
@@ -65,9 +83,14 @@ def train(resolved, tree: dict) -> None:
     with early_errors():
         check_loggers(trainer.logger)
         tokenizer, loader, val_data = load_data(resolved)
-        resume = checkpoints.find(trainer.default_local_dir, trainer.resume_mode, trainer.resume_from_path)
+        resume = None
+        if trainer.debug != "rollout":
+            resume = checkpoints.find(trainer.default_local_dir, trainer.resume_mode, trainer.resume_from_path)
         resume_step = checkpoints.read_state(resume)["step"] if resume else None
         resolved = with_steps(resolved, len(loader.dataset))
+        if settings.recorded(resolved):
+            first, batch = (resume_step or 0) + 1, resolved.batch
+            debug.check_tables(trainer.rollout_data_dir, first, batch.total_steps, batch.samples)
         rewards = RewardManager(**settings.reward(resolved))
     try:
         with early_errors():
@@ -86,16 +109,31 @@ def train(resolved, tree: dict) -> None:
                 config_dict=tree,
                 total_steps=total,
                 resume_step=resume_step,
+                others=ray_trackers(trainer),
             )
             try:
                 validator = make_validator(resolved, val_data, tokenizer, rewards)
                 PPOTrainer(resolved, total, parts, loader, tokenizer, rewards, trackers, validator).fit(resume)
             finally:
                 trackers.finish()
+    except ProcessDied as error:
+        saved = checkpoints.find(trainer.default_local_dir, "auto", None)
+        go_on = f"goes on from {saved}" if saved else "starts over: no checkpoint was saved (trainer.save_freq)"
+        error.add_note(f"All other processes are stopped. The same command {go_on}.")
+        raise
     finally:
         rewards.close()
     if trainer.report:
         print(f"report: {report.build(trainer.default_local_dir)}")
+
+
+def ray_trackers(trainer) -> list:
+    """The tracker of the Ray session, where there is one."""
+    if trainer.executor != "ray":
+        return []
+    from hybridrl.cluster.prometheus import RayMetrics
+
+    return [RayMetrics(trainer.project_name, trainer.experiment_name)]
 
 
 def load_data(resolved):
@@ -115,7 +153,7 @@ def load_data(resolved):
         **settings.loader(config.data),
     )
     val_data = None
-    if config.data.val_files:
+    if config.data.val_files and config.trainer.debug is None:
         val_data = PromptDataset(tokenizer=tokenizer, **settings.dataset(config.data, validation=True))
     return tokenizer, loader, val_data
 

@@ -23,7 +23,7 @@ from hybridrl.rewards.manager import RewardManager
 from hybridrl.telemetry import metrics as tm
 from hybridrl.telemetry.phases import PhaseTimer, memory_metrics
 from hybridrl.telemetry.trackers import Trackers
-from hybridrl.trainer import checkpoints, settings, signals
+from hybridrl.trainer import checkpoints, debug, settings, signals
 from hybridrl.trainer.batches import StepBatches
 from hybridrl.trainer.cluster_setup import Parts
 from hybridrl.trainer.generation import Generation
@@ -57,6 +57,7 @@ class PPOTrainer:
         self.kl_in_reward = settings.kl_in_reward(resolved)
         self.kl_ctrl = kl.make_kl_controller(**self.kl_in_reward["controller"]) if self.kl_in_reward else None
         self.cost = cost_model(self.config.actor_rollout_ref.model)
+        self.recorded = settings.recorded(resolved)
         self.step = 0
         self.weight_version = -1
 
@@ -65,6 +66,8 @@ class PPOTrainer:
     def fit(self, resume_from: Path | None = None) -> None:
         """Trains to the last step. Validation before the first step carries that step's number."""
         trainer = self.config.trainer
+        if trainer.debug == "rollout":
+            return self._only_rollouts()
         if resume_from:
             self._resume(resume_from)
         sync = self._publish()
@@ -76,7 +79,21 @@ class PPOTrainer:
             self.step += 1
             self.trackers.log(self._train_step(), self.step)
 
+    def _only_rollouts(self) -> None:
+        """trainer.debug=rollout: generates with the weights of model.path, scores and writes the tables."""
+        data = self.config.data
+        while self.step < self.total_steps:
+            self.step += 1
+            with self.timer("step"):
+                batch, found = self._rollout()
+            self._dump(batch)
+            seconds = self.timer.drain()
+            tokens = [int(batch.lengths(name).sum()) for name in ("prompt_ids", "response_ids")]
+            found |= tm.data_metrics(batch, data.max_prompt_length, data.max_response_length)
+            self.trackers.log(found | tm.timing_metrics(seconds, *tokens), self.step)
+
     def _train_step(self) -> dict[str, float]:
+        restarts = self.parts.fleet.restarts if self.parts.fleet else 0
         with self.timer("step"):
             batch, found = self._rollout()
             work = StepBatches(
@@ -101,18 +118,29 @@ class PPOTrainer:
             found |= self._publish()
             if self.validator and due(self.config.trainer.test_freq, self.step, self.total_steps):
                 found |= self._validate()
-        self._dump(work.batch)
+        if not self.recorded:
+            found["rollout/replica_restarts"] = self.parts.fleet.restarts - restarts
+            self._dump(work.batch)
         return found | self._step_metrics(work)
 
     def _rollout(self) -> tuple[Trajectories, dict[str, float]]:
         """Prompts, responses and scores of this step."""
-        batch, found = self.generation.step(self.step)
-        return batch, found | {"training/global_step": self.step}
+        where = {"training/global_step": self.step}
+        if not self.recorded:
+            batch, found = self.generation.step(self.step)
+            return batch, found | where
+        trainer = self.config.trainer
+        with self.timer("gen"):
+            _, where["training/epoch"] = self.loader.next()  # the position in the data goes on
+            batch = debug.read(trainer.rollout_data_dir, self.step, scored=trainer.debug == "train")
+        if trainer.debug == "train":
+            return batch, where
+        batch, found = self.generation.scored(batch)
+        return batch, found | where
 
     def _trainer_on(self) -> None:
         """GENERATE -> TRAIN: the rollout engine lets go of the GPU, the trainer takes its state back."""
-        rollout = self.config.actor_rollout_ref.rollout
-        if rollout.free_cache_engine and self.resolved.rollout.colocated:
+        if settings.sleeps(self.resolved) and not self.recorded:
             self.parts.fleet.sleep()
         for group in self.parts.groups.values():
             group.offload(False)
@@ -166,12 +194,14 @@ class PPOTrainer:
     def _publish(self) -> dict[str, float]:
         """TRAIN -> PUBLISH -> GENERATE: the actor's weights into the rollout engine, by way of a Hugging Face folder
         and vLLM's own loader (the golden path)."""
-        fleet, rollout = self.parts.fleet, self.config.actor_rollout_ref.rollout
-        sleeping = rollout.free_cache_engine and self.resolved.rollout.colocated
+        if self.recorded:
+            return {}
+        fleet, sleeping = self.parts.fleet, settings.sleeps(self.resolved)
         with self.timer("update_weights"):
             self.weight_version = self.step
             folder = os.path.join(self.parts.publish_dir, "actor")
-            os.makedirs(folder, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # the last version: kept till now for a replica that is replaced
+            os.makedirs(folder)
             written = self.parts.groups["actor"].export_hf("actor", folder)
             for group in self.parts.groups.values():
                 group.offload(True)
@@ -180,7 +210,6 @@ class PPOTrainer:
             loaded = fleet.update_weights(folder, self.weight_version)
             if sleeping:
                 fleet.wake_kv()
-            shutil.rmtree(folder)
         seconds = max(w["seconds"] for w in written) + loaded["seconds"]
         size = sum(w["bytes"] for w in written)
         return {

@@ -25,6 +25,8 @@ _ACTOR_BUDGET = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
 
 def pools(resolved: Resolved, total_steps: int) -> dict[str, PoolSettings]:
     """The pools of training ranks by name: `actor`, and `critic` and `ref` where trainer.placement sets them apart."""
+    if resolved.config.trainer.debug == "rollout":
+        return {}
     engines = {"actor": {"actor": actor_engine(resolved, total_steps)}}
     if resolved.critic:
         engines.setdefault(pool_of(resolved, "critic"), {})["critic"] = critic_engine(resolved, total_steps)
@@ -46,6 +48,16 @@ def pools(resolved: Resolved, total_steps: int) -> dict[str, PoolSettings]:
         )
         for name in engines
     }
+
+
+def recorded(resolved: Resolved) -> bool:
+    """Whether the run trains on tables of an earlier run, without a rollout engine."""
+    return resolved.config.trainer.debug in ("train", "replay")
+
+
+def sleeps(resolved: Resolved) -> bool:
+    """Whether the rollout engine gives its device memory to the trainer and back."""
+    return resolved.config.actor_rollout_ref.rollout.free_cache_engine and resolved.rollout.colocated
 
 
 def pool_of(resolved: Resolved, role: str) -> str:
@@ -267,10 +279,11 @@ def server(resolved: Resolved) -> ServerSettings:
         enforce_eager=rollout.enforce_eager,
         enable_prefix_caching=rollout.enable_prefix_caching,
         enable_chunked_prefill=rollout.enable_chunked_prefill,
-        load_format=rollout.load_format,
+        # without a trainer nobody else brings weights
+        load_format="auto" if resolved.config.trainer.debug == "rollout" else rollout.load_format,
         seed=rollout.seed,
         omp_threads=max(1, resolved.machine.cores // resolved.rollout.replicas),
-        sleep=rollout.free_cache_engine and resolved.rollout.colocated,
+        sleep=sleeps(resolved),
         engine_kwargs={"trust_remote_code": arr.model.trust_remote_code, **rollout.engine_kwargs.vllm},
     )
 

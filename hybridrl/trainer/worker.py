@@ -68,6 +68,8 @@ class TrainWorker:
     @dispatch("first")
     def rendezvous(self) -> str:
         """An init_method that the other ranks can reach this one under."""
+        if torch.distributed.is_torchelastic_launched():
+            return "env://"  # torch would look for torchrun's store at any other address
         host = os.environ.get("HYBRIDRL_NODE_IP", "127.0.0.1")
         with socket.socket() as probe:
             probe.bind((host, 0))
@@ -77,8 +79,7 @@ class TrainWorker:
     def setup(self, init_method: str) -> parallel.Coordinates:
         """Joins the process group and builds each role's engine. Collective."""
         torch.set_num_threads(self.settings.threads)
-        local = 0 if self.settings.device == "cuda" and torch.cuda.device_count() == 1 else self.rank
-        self.device = platform.activate("cpu" if self.settings.device == "cpu" else f"cuda:{local}")
+        self.device = platform.activate("cpu" if self.settings.device == "cpu" else f"cuda:{self._local_gpu()}")
         self.coords = parallel.initialize(
             self.rank,
             self.settings.world,
@@ -91,6 +92,10 @@ class TrainWorker:
         for role, engine in self.settings.engines.items():
             self.engines[role] = Engine(engine, self.coords, self.device)
         return self.coords
+
+    def _local_gpu(self) -> int:
+        """Ray shows each rank its own GPU only; under torchrun all of a node's ranks see all of its GPUs."""
+        return 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", self.rank))
 
     # -- data ------------------------------------------------------------------------------------------------------
 

@@ -169,7 +169,7 @@ RULES = [
         ["trainer.placement.critic=3", "critic.megatron.tensor_model_parallel_size=2"],
         ["3 ranks of trainer.placement.critic"],
     ),
-    (["trainer.logger=[console,wandb]"], ["trainer.logger", "wandb", "tensorboard"]),
+    (["trainer.logger=[console,swanlab]"], ["trainer.logger", "swanlab", "tensorboard"]),
     (["trainer.executor=local"], ["trainer.executor=local", "trainer.n_gpus_per_node=2"]),
     (
         ["trainer.executor=local", "trainer.n_gpus_per_node=1", "trainer.placement.critic=1"],

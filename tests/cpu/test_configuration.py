@@ -232,6 +232,7 @@ NONE_IS_AN_ANSWER = {
     "trainer.resume_from_path", "trainer.placement.critic", "trainer.placement.ref", "trainer.placement.rollout",
     "algorithm.gdpo_reward_weights", "algorithm.rollout_correction.rollout_is",
     "algorithm.rollout_correction.rollout_rs", "algorithm.rollout_correction.rollout_rs_threshold",
+    "trainer.debug",
 }  # fmt: skip
 
 

@@ -218,8 +218,43 @@ def engine_processes(pid: int) -> list[psutil.Process]:
     return found
 
 
-def test_a_dead_replica_is_named_and_leaves_nothing(remote):
+def kill_while_it_generates(fleet, victim, prompts: pa.Table) -> pa.Table:
+    """The batch's result when process `victim()` of replica 1 (or 0) is killed in the middle of it."""
+    results = []
+    settings = sampling(ignore_eos=True, max_tokens=100)
+    thread = threading.Thread(target=lambda: results.append(fleet.generate(prompts, settings, 9)))
+    thread.start()
+    wait_for(lambda: fleet.health()[-1]["running"])
+    os.kill(victim(), signal.SIGKILL)
+    thread.join(timeout=120)
+    return results[0]
+
+
+def engine_core(pid: int) -> int:
+    [core] = [process for process in engine_processes(pid) if "EngineCore" in process.cmdline()[0]]
+    return core.pid
+
+
+def test_a_replica_killed_in_the_middle_is_replaced(remote, models):
+    """First an actor, then an engine: each time the batch is the undisturbed one, with the weights published last."""
     fleet, facts = remote
+    prompts = prompt_table(PROMPTS, n=40)
+    fleet.update_weights(models[0], 3)
+    undisturbed = fleet.generate(prompts, sampling(ignore_eos=True, max_tokens=100), 9)
+    actor = kill_while_it_generates(fleet, lambda: facts[1]["pid"], prompts)
+    assert fleet.restarts == 1 and actor.equals(undisturbed)
+    assert set(actor["weight_version"].to_pylist()) == {3}
+    engine = kill_while_it_generates(fleet, lambda: engine_core(facts[0]["pid"]), prompts)
+    assert fleet.restarts == 2 and engine.equals(undisturbed)
+    keys = list(zip(engine["uid"].to_pylist(), engine["sample"].to_pylist()))
+    assert keys == list(zip(prompts["uid"].to_pylist(), prompts["sample"].to_pylist())) and len(set(keys)) == 240
+    assert [fact["weight_version"] for fact in fleet.health()] == [3, 3]
+
+
+def test_a_dead_replica_is_named_and_leaves_nothing(remote):
+    fleet, _ = remote
+    fleet.restarts_a_step = 0
+    facts = [{"pid": pid} for pid in actor_pids()]
     processes = [process for fact in facts for process in engine_processes(fact["pid"])]
     assert len([process for process in processes if "EngineCore" in process.cmdline()[0]]) == 2
     errors = []
@@ -235,8 +270,8 @@ def test_a_dead_replica_is_named_and_leaves_nothing(remote):
     wait_for(lambda: fleet.health()[1]["running"])
     os.kill(facts[1]["pid"], signal.SIGKILL)
     thread.join(timeout=60)
-    assert errors and "rollout replica 1 failed" in errors[0] and "not restarted" in errors[0], errors
-    with pytest.raises(RuntimeError, match="rollout replica 1"):
+    assert errors and "rollout replica" in errors[0] and "replaced 0 times" in errors[0], errors
+    with pytest.raises(RuntimeError, match="rollout replica . failed"):
         fleet.health()
     fleet.shutdown()
     actors = [psutil.Process(fact["pid"]) for fact in facts if psutil.pid_exists(fact["pid"])]
@@ -244,10 +279,24 @@ def test_a_dead_replica_is_named_and_leaves_nothing(remote):
     assert not alive
 
 
+def actor_pids() -> list[int]:
+    """The processes of this session's VllmServer actors."""
+    everything = psutil.Process().children(recursive=True)
+    return [process.pid for process in everything if process.cmdline()[:1] == ["ray::VllmServer"]]
+
+
+def test_a_dead_engine_is_replaced_in_process(local):
+    prompts = prompt_table(PROMPTS, n=4)
+    before = local.generate(prompts, sampling(), step=6)
+    os.kill(engine_core(os.getpid()), signal.SIGKILL)
+    for _ in range(3):
+        after = local.generate(prompts, sampling(), step=6)
+    assert after.equals(before) and local.restarts == 1
+
+
 def test_a_dead_engine_is_named_and_shutdown_leaves_nothing(local):
-    processes = engine_processes(os.getpid())
-    [core] = [process for process in processes if "EngineCore" in process.cmdline()[0]]
-    core.kill()
+    local.restarts_a_step = 1
+    os.kill(engine_core(os.getpid()), signal.SIGKILL)
     with pytest.raises(RuntimeError, match=r"rollout replica \(local\) failed: EngineDead"):
         for _ in range(100):
             local.generate(prompt_table(PROMPTS), sampling(), step=0)

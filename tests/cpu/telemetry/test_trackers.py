@@ -103,7 +103,7 @@ def test_samples_become_a_parquet_file(tmp_path, capsys):
     assert "[red]5[/red]" in shown and "\x1b" not in shown and "expected 4" in shown
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow", "tensorbord"])
+@pytest.mark.parametrize("name", ["swanlab", "clearml", "tensorbord"])
 def test_unknown_trackers_name_the_key_and_the_choices(tmp_path, name):
     with pytest.raises(ValueError, match=r"trainer\.logger.*console, file, tensorboard") as error:
         _open(tmp_path / "run", ["console", name])
@@ -121,3 +121,11 @@ def test_what_is_no_number_is_refused(tmp_path, value):
     with pytest.raises(ValueError, match="'m' is no number"):
         trackers.log({"m": value}, 1)
     trackers.finish()
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_without_its_package_says_what_to_install(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    with pytest.raises(ValueError, match=f"trainer.logger: '{name}' .* pip install {name}"):
+        _open(tmp_path / "run", [name])
+    assert not (tmp_path / "run").exists()

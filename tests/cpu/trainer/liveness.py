@@ -115,6 +115,8 @@ class Pool:
 class Fleet:
     """Stands for the RolloutFleet."""
 
+    restarts = 0
+
     def __init__(self, log: list):
         self.log = log
 

@@ -153,13 +153,13 @@ def pointed(run) -> int:
 def test_killed_at_any_moment(tmp_path):
     """kill -9 at odd times while it saves all the time: what is found is whole each time, and never goes back."""
     reached = 0
-    for i in range(8):
+    for i in range(20):
         child = subprocess.Popen([sys.executable, "-c", CHILD.replace("1\n", f"{reached + 1}\n", 1), str(tmp_path)])
         try:
             deadline = time.monotonic() + 30
             while pointed(tmp_path) <= reached and time.monotonic() < deadline:
                 time.sleep(0.002)
-            time.sleep(0.003 * i)
+            time.sleep(0.0015 * i)
         finally:
             child.send_signal(signal.SIGKILL)
             child.wait()
@@ -169,3 +169,49 @@ def test_killed_at_any_moment(tmp_path):
         files = sorted(folder.glob("rank_*"))
         assert len(files) == 20 and all(f.read_bytes() == bytes([step % 256]) * 200_000 for f in files)
         reached = step
+
+
+@pytest.mark.parametrize("limit", [0, 50_000, 300_000])
+def test_a_full_disk_leaves_the_older_ones(tmp_path, limit):
+    """RLIMIT_FSIZE makes a write fail as a full disk does: in a rank's file or in trainer.json."""
+    save(tmp_path, 1)
+    code = CHILD.replace("1\n", "2\n", 1).replace("200_000", "100_000" if limit else "10")
+    code = code.replace("100_000}", "400_000}")
+    child = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n{code}"
+    done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "OSError: [Errno 27] File too large" in done.stderr, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["global_step_1", checkpoints.LATEST] and latest(tmp_path) == "1"
+    assert checkpoints.find(str(tmp_path), "auto", None).name == "global_step_1"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [_cut, _flip, Path.unlink])
+@pytest.mark.parametrize("name", ["actor/rank_00000.pt", "trainer.json"])
+def test_a_damaged_newest_one_is_passed_over(tmp_path, harm, name, caplog):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    harm(tmp_path / "global_step_3" / name)
+    assert checkpoints.steps(str(tmp_path)) == [1, 2]
+    assert checkpoints.find(str(tmp_path), "auto", None).name == "global_step_2"
+    gone = harm is Path.unlink and name == "trainer.json"
+    assert gone or "global_step_3" in caplog.text
+    with pytest.raises(ValueError, match=r"trainer.resume_from_path=.*Whole ones in .*\[1, 2\]"):
+        checkpoints.find(str(tmp_path), "resume_path", str(tmp_path / "global_step_3"))
+    again = save(tmp_path, 3, "better")  # what the run that went back writes
+    assert checkpoints.find(str(tmp_path), "auto", None) == again
+
+
+def test_all_damaged_is_an_error_not_a_new_start(tmp_path):
+    _cut(save(tmp_path, 1) / "actor/rank_00000.pt")
+    with pytest.raises(ValueError, match="every checkpoint .* is damaged: global_step_1 .*resume_mode=disable"):
+        checkpoints.find(str(tmp_path), "auto", None)
+    assert checkpoints.find(str(tmp_path), "disable", None) is None
