@@ -62,16 +62,14 @@ def with_advantages(estimator: str):
     """The trajectories with the advantages and returns that the trainer gives them."""
     from hybridrl.config import PPOConfig
     from hybridrl.configuration import Machine, load, resolve
-    from hybridrl.trainer.ppo import PPOTrainer
+    from hybridrl.trainer import settings, signals
 
     words = ["data.train_files=x", "actor_rollout_ref.model.path=x", f"algorithm.adv_estimator={estimator}",
              "algorithm.gamma=0.97", "algorithm.lam=0.9", "actor_rollout_ref.rollout.n=3", "trainer.n_gpus_per_node=1"]
     config, _ = load(PPOConfig, words, "ppo")
-    trainer = PPOTrainer.__new__(PPOTrainer)
-    trainer.resolved, trainer.kl_in_reward = resolve(config, Machine("cpu", 0, 2, 16.0)), None
     batch = trajectories()
     work = SimpleNamespace(batch=batch, offsets=batch.flat("response_mask")[1])
-    trainer._advantages(work)
+    signals.estimate(work, settings.advantages(resolve(config, Machine("cpu", 0, 2, 16.0))), None, None)
     return work.batch
 
 
