@@ -229,7 +229,8 @@ def test_broken_yaml(tmp_path):
 NONE_IS_AN_ANSWER = {
     f"{ACTOR}.ppo_micro_batch_size_per_gpu", "custom_reward_function.path", "ray_kwargs.ray_init.num_cpus",
     "ray_kwargs.ray_init.address", "trainer.total_training_steps", "trainer.max_actor_ckpt_to_keep",
-    "trainer.resume_from_path", "trainer.debug", "trainer.placement.critic", "trainer.placement.ref", "trainer.placement.rollout",
+    "trainer.resume_from_path", "trainer.debug", "trainer.placement.critic", "trainer.placement.ref",
+    "trainer.placement.rollout",
 }  # fmt: skip
 
 
