@@ -44,7 +44,7 @@ def _connect(address: str | None, cpus: int, gpus: int) -> None:
         return
     for attempt in range(2):
         try:
-            ray.init(num_cpus=cpus, num_gpus=gpus, dashboard_host="127.0.0.1", **quiet)
+            ray.init(address="local", num_cpus=cpus, num_gpus=gpus, dashboard_host="127.0.0.1", **quiet)
             return
         except (ConnectionError, TimeoutError):
             ray.shutdown()

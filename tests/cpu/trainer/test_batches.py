@@ -61,9 +61,8 @@ def through_the_passes(rank, world, init, folder: str) -> dict:
     shuffled = pass_of(epochs=2, shuffle_seed=5)
     for p, output, column in ((shuffled, "logprobs", "old_logprobs"), (pass_of("critic", mini=4), "values", "values"),
                               (pass_of("ref", mini=1, tokens=40), "logprobs", "ref_logprobs")):
-        flat = step.compute(p, output, column)
-        assert np.array_equal(step.batch.flat(column)[0], flat)
-        found["columns"].append((column, flat, alone(one_by_one.engines[p.role], batch, output)))
+        step.compute(p, {column: output})
+        found["columns"].append((column, step.batch.flat(column)[0], alone(one_by_one.engines[p.role], batch, output)))
     kept = one_by_one.steps[shuffled.share_name].packs[1][0][0].columns
     found["held"] = sorted(kept)
     loss = actor_loss(use_kl_loss=True, kl_loss_coef=0.1)
@@ -174,8 +173,8 @@ def on_policy(rank, world, init, folder: str, tp: int, pp: int, sp: bool) -> dic
         shares = plan_shares(lengths, 2, 2, 2, coords.dp, cost, by_tokens(30, "the.budget"))
         share = shares[coords.dp_rank]
         worker.load_share("s", (share, batch.take(share.rows)))
-        old = worker.compute("s", "actor", "logprobs", "old_logprobs")
-        again = worker.compute("s", "actor", "logprobs", "old_logprobs")
+        old = worker.compute("s", "actor", {"old_logprobs": "logprobs"})["old_logprobs"]
+        again = worker.compute("s", "actor", {"old_logprobs": "logprobs"})["old_logprobs"]
         values, offsets = batch.take(share.rows).flat("advantages")
         worker.attach("s", {"advantages": (values, offsets)})
         denoms = [[Denominators(20.0, 4.0)] * 2] * 2
