@@ -311,7 +311,7 @@ class Trainer:
 @dataclass(frozen=True)
 class RayInit:
     num_cpus: int | None = key(None, "CPUs of a local Ray. None: Ray's own count, but enough for the ranks.")
-    address: str | None = key(None, "Cluster to join (auto: this machine's). None: RAY_ADDRESS, else a local Ray starts.")
+    address: str | None = key(None, "Cluster to join, or auto. None: RAY_ADDRESS, else a local Ray starts.")
 
 
 @dataclass(frozen=True)
