@@ -24,9 +24,6 @@ class Parts:
     fleet: RolloutFleet | None
     publish_dir: str
 
-    def group_of(self, resolved: Resolved, role: str) -> WorkerGroup:
-        return self.groups["actor" if role == "actor" else settings.pool_of(resolved, role)]
-
 
 @contextlib.contextmanager
 def running(resolved: Resolved, total_steps: int) -> Iterator[Parts]:

@@ -59,7 +59,6 @@ class PPOTrainer:
         self.cost = cost_model(self.config.actor_rollout_ref.model)
         self.recorded = settings.recorded(resolved)
         self.step = 0
-        self.weight_version = -1
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -198,7 +197,6 @@ class PPOTrainer:
             return {}
         fleet, sleeping = self.parts.fleet, settings.sleeps(self.resolved)
         with self.timer("update_weights"):
-            self.weight_version = self.step
             folder = os.path.join(self.parts.publish_dir, "actor")
             shutil.rmtree(folder, ignore_errors=True)  # the last version: kept till now for a replica that is replaced
             os.makedirs(folder)
@@ -207,7 +205,7 @@ class PPOTrainer:
                 group.offload(True)
             if sleeping:
                 fleet.wake_weights()
-            loaded = fleet.update_weights(folder, self.weight_version)
+            loaded = fleet.update_weights(folder, self.step)
             if sleeping:
                 fleet.wake_kv()
         seconds = max(w["seconds"] for w in written) + loaded["seconds"]
@@ -276,7 +274,8 @@ class PPOTrainer:
         seconds = self.timer.drain()
         prompt_tokens = int(batch.lengths("prompt_ids").sum())
         response_tokens = int(batch.lengths("response_ids").sum())
-        shares = work.shares[("actor", self.passes["actor"].share_name)] if work.shares else []
+        # None in critic_warmup when the actor had no pass of its own.
+        shares = work.shares.get(("actor", self.passes["actor"].share_name))
         found = tm.data_metrics(batch, data.max_prompt_length, data.max_response_length)
         found |= tm.timing_metrics(seconds, prompt_tokens, response_tokens)
         step_seconds = sum(
